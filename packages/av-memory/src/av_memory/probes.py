@@ -1,0 +1,380 @@
+"""Readings of memory: this process, a tree of processes, the cgroup, the machine, and GPUs.
+
+Everything here is in bytes. On Linux the files under ``/proc`` are read directly, because one reading
+costs a microsecond that way and tens of microseconds through a general library; elsewhere psutil is used.
+
+Accuracy on Linux: the kernel keeps resident-set counters per processor and folds them together in
+batches, so one reading of ``statm`` can be off by some hundred kB on a machine with few cores
+(``Documentation/filesystems/proc.rst``); ``smaps_rollup`` is exact and thousands of times slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+__all__ = [
+    "CgroupMemory",
+    "GpuMemory",
+    "MachineMemory",
+    "MemoryProbeError",
+    "ProcessTree",
+    "RssProbe",
+    "TreeMember",
+    "cgroup_memory",
+    "gpu_memory",
+    "high_water_bytes",
+    "lifetime_peak_bytes",
+    "machine_memory",
+    "reset_high_water",
+]
+
+_PROC = "/proc"
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+
+class MemoryProbeError(RuntimeError):
+    """A memory reading cannot be had on this system; the message says what was tried."""
+
+
+class RssProbe:
+    """Resident set size of one process, read again and again at little cost.
+
+    Args:
+        pid: the process; ``None`` means the calling one. On Linux the probe stays bound to the process
+            that had this number when it was made, so a number that the system gives out again is never
+            mistaken for it.
+
+    Raises:
+        MemoryProbeError: neither ``/proc`` nor psutil can read the process.
+    """
+
+    __slots__ = ("_descriptor", "read", "reads_proc")
+
+    read: Callable[[], int]
+    """Take one reading, in bytes. Raises ``ProcessLookupError`` once the process is gone."""
+
+    def __init__(self, pid: int | None = None) -> None:
+        self._descriptor = -1
+        try:
+            self._descriptor = os.open(f"{_PROC}/{pid or 'self'}/statm", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self.reads_proc = False
+            self.read = self._psutil_reader(pid, error)
+        else:
+            self.reads_proc = True
+            self.read = self._statm_reader(self._descriptor)
+
+    @staticmethod
+    def _statm_reader(descriptor: int) -> Callable[[], int]:
+        pread, page_bytes = os.pread, _PAGE_BYTES
+
+        def read() -> int:
+            fields = pread(descriptor, 96, 0).split(b" ", 2)
+            if len(fields) < 3:
+                raise ProcessLookupError("the process has ended")
+            return int(fields[1]) * page_bytes
+
+        return read
+
+    @staticmethod
+    def _psutil_reader(pid: int | None, proc_error: OSError) -> Callable[[], int]:
+        import psutil
+
+        try:
+            process = psutil.Process(pid)
+            process.memory_info()
+        except psutil.NoSuchProcess:
+            raise ProcessLookupError(f"there is no process {pid}") from None
+        except (psutil.Error, OSError, RuntimeError) as error:
+            raise MemoryProbeError(
+                f"cannot read the memory of process {pid or os.getpid()}: {proc_error}; through psutil: {error}. "
+                "Mount /proc, or turn tracking off with enable_memory_tracking(False)."
+            ) from error
+
+        def read() -> int:
+            try:
+                return int(process.memory_info().rss)
+            except psutil.NoSuchProcess:
+                raise ProcessLookupError("the process has ended") from None
+
+        return read
+
+    def close(self) -> None:
+        """Give the descriptor back; the probe must not be read after this."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            self.close()
+
+
+def lifetime_peak_bytes() -> int:
+    """Largest resident set of this process since it started, by ``getrusage``; 0 where there is none.
+
+    After ``exec`` Linux carries the figure over from the program that was replaced.
+    """
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return maximum if sys.platform == "darwin" else maximum * 1024
+
+
+def high_water_bytes() -> int | None:
+    """The kernel's high-water mark of the resident set since start or reset; ``None`` where there is none."""
+    try:
+        status = Path(_PROC, "self/status").read_bytes()
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith(b"VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def reset_high_water() -> bool:
+    """Set the kernel's high-water mark to the present resident set (Linux).
+
+    ``ru_maxrss`` of this process starts anew as well. Returns whether the kernel did it.
+    """
+    try:
+        Path(_PROC, "self/clear_refs").write_bytes(b"5")
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(slots=True)
+class TreeMember:
+    """One process of a tree."""
+
+    pid: int
+    name: str
+    rss_bytes: int = 0
+    """Last reading."""
+    peak_rss_bytes: int = 0
+    """Largest reading so far; 0 if the process ended before the first."""
+    ended: bool = False
+
+
+class ProcessTree:
+    """A process and all its descendants, looked up again on :meth:`refresh`.
+
+    Processes that end are dropped, and their peaks kept in :attr:`members`. A process that both starts
+    and ends between two calls of :meth:`refresh` is not seen.
+
+    Args:
+        root_pid: the process at the top; ``None`` means the calling one.
+    """
+
+    def __init__(self, root_pid: int | None = None) -> None:
+        self.root_pid = os.getpid() if root_pid is None else root_pid
+        self.members: list[TreeMember] = []
+        """Every process seen so far, in the order in which it was found."""
+        self._live: dict[int, tuple[RssProbe, TreeMember]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look for processes that have started since."""
+        for pid in [self.root_pid, *_descendants(self.root_pid)]:
+            if pid in self._live:
+                continue
+            try:
+                probe = RssProbe(pid)
+            except (ProcessLookupError, MemoryProbeError):
+                continue
+            member = TreeMember(pid, _process_name(pid))
+            self.members.append(member)
+            self._live[pid] = (probe, member)
+
+    @property
+    def live_pids(self) -> list[int]:
+        """Processes that answered last, the root first."""
+        return list(self._live)
+
+    def rss_bytes(self) -> int:
+        """Sum of resident sets now. Pages that several processes share count once for each."""
+        total = 0
+        for pid, (probe, member) in list(self._live.items()):
+            try:
+                rss = probe.read()
+            except (ProcessLookupError, MemoryProbeError):
+                rss = 0
+            # A process that has exited but was not waited for keeps an entry that reads 0.
+            if rss == 0:
+                member.ended = True
+                probe.close()
+                del self._live[pid]
+                continue
+            member.rss_bytes = rss
+            member.peak_rss_bytes = max(member.peak_rss_bytes, rss)
+            total += rss
+        return total
+
+    def pss_bytes(self) -> int | None:
+        """Sum of proportional set sizes, in which a shared page is divided among its users.
+
+        Milliseconds a process. ``None`` where the kernel does not give it for every live process.
+        """
+        total = 0
+        for pid in self._live:
+            try:
+                text = Path(_PROC, str(pid), "smaps_rollup").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                if not Path(_PROC, "self/smaps_rollup").exists():
+                    return None
+                continue
+            except OSError:
+                return None
+            for line in text.splitlines():
+                if line.startswith(b"Pss:"):
+                    total += int(line.split()[1]) * 1024
+                    break
+        return total
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        for probe, _ in self._live.values():
+            probe.close()
+        self._live.clear()
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    if not os.path.exists(f"{_PROC}/self/task/{os.getpid()}/children"):  # noqa: PTH110 (called 20 times a second)
+        import psutil
+
+        with contextlib.suppress(psutil.Error, OSError):
+            yield from (child.pid for child in psutil.Process(pid).children(recursive=True))
+        return
+    pending = [pid]
+    while pending:
+        task_folder = f"{_PROC}/{pending.pop()}/task"
+        try:
+            threads = os.listdir(task_folder)  # noqa: PTH208 (called 20 times a second)
+        except OSError:
+            continue
+        for thread in threads:
+            try:
+                with open(f"{task_folder}/{thread}/children", "rb") as file:  # noqa: PTH123
+                    children = [int(word) for word in file.read().split()]
+            except OSError:
+                continue
+            yield from children
+            pending.extend(children)
+
+
+def _process_name(pid: int) -> str:
+    try:
+        return Path(_PROC, str(pid), "comm").read_text(errors="replace").strip()
+    except OSError:
+        return "?"
+
+
+@dataclass(frozen=True, slots=True)
+class MachineMemory:
+    """Memory of the whole machine, in bytes."""
+
+    total_bytes: int
+    available_bytes: int
+
+
+def machine_memory() -> MachineMemory:
+    """Read the machine's memory. Raises :class:`MemoryProbeError` where the system does not tell."""
+    import psutil
+
+    try:
+        memory = psutil.virtual_memory()
+    except (OSError, RuntimeError) as error:
+        raise MemoryProbeError(f"cannot read the machine's memory: {error}") from error
+    return MachineMemory(int(memory.total), int(memory.available))
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupMemory:
+    """The tightest memory limit of the control groups around this process, and that group's use, in bytes."""
+
+    limit_bytes: int | None
+    used_bytes: int | None
+
+
+def cgroup_memory() -> CgroupMemory:
+    """Read the tightest limit of versions 1 and 2; both fields are ``None`` where no group sets one."""
+    tightest = CgroupMemory(None, None)
+    try:
+        lines = Path(_PROC, "self/cgroup").read_text().splitlines()
+    except OSError:
+        return tightest
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            folder, names = _CGROUP_ROOT, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            folder, names = _CGROUP_ROOT / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        group = folder / path.lstrip("/")
+        for level in (group, *group.parents):
+            limit = _read_int(level / names[0])
+            # Version 1 says "no limit" with a number just below 2**63.
+            if (
+                limit is not None
+                and limit < 2**62
+                and (tightest.limit_bytes is None or limit < tightest.limit_bytes)
+            ):
+                tightest = CgroupMemory(limit, _read_int(level / names[1]))
+            if level == folder:
+                break
+    return tightest
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """What torch's caching allocator holds on one device, in bytes."""
+
+    allocated_bytes: int
+    """In tensors that live."""
+    reserved_bytes: int
+    """Taken from the device, the cache included."""
+    peak_allocated_bytes: int
+    """Largest ``allocated_bytes`` since start or torch's last reset."""
+
+
+def initialised_cuda() -> ModuleType | None:
+    """``torch.cuda`` if this process has imported torch and CUDA is in use; nothing is imported or started."""
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    return cuda if cuda is not None and cuda.is_initialized() else None
+
+
+def gpu_memory() -> dict[int, GpuMemory]:
+    """Read each CUDA device's allocator, by device index; empty while this process does not use CUDA."""
+    cuda = initialised_cuda()
+    if cuda is None:
+        return {}
+    return {
+        index: GpuMemory(
+            int(cuda.memory_allocated(index)),
+            int(cuda.memory_reserved(index)),
+            int(cuda.max_memory_allocated(index)),
+        )
+        for index in range(cuda.device_count())
+    }

@@ -1,0 +1,205 @@
+"""What was measured, as plain values: written by the tracker and the command, read by the reports.
+
+The JSON form is versioned. A reader refuses a file of a newer version, and one that does not hold
+together, with the reason and the file's name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+__all__ = ["Process", "Recording", "RecordingError", "ScopeRecord", "Series", "Usage", "write_atomically"]
+
+_FORMAT = "av-memory-recording"
+_VERSION = 1
+
+
+class RecordingError(ValueError):
+    """A file is not a recording that this version can read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How one kind of memory moved during a scope, in MB of 2**20 bytes."""
+
+    start_mb: float
+    end_mb: float
+    peak_mb: float
+    peak_exact: bool = False
+    """Whether the peak is the kernel's or allocator's own; else it is the largest sample."""
+
+    @property
+    def net_mb(self) -> float:
+        """What the scope left behind: end minus start."""
+        return self.end_mb - self.start_mb
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeRecord:
+    """One passage through a scope."""
+
+    name: str
+    thread: str
+    """Name of the thread that entered."""
+    depth: int
+    """Number of scopes around it in the same thread or task."""
+    start_s: float
+    """Seconds since the recording began."""
+    wall_s: float
+    cpu: Usage
+    gpus: dict[int, Usage] = field(default_factory=dict[int, Usage])
+    tree: Usage | None = None
+    """Sum of resident sets over the process tree, where it was asked for."""
+    tree_pss_peak_mb: float | None = None
+    """Largest sum of proportional set sizes over the tree, from at most four samples a second."""
+    error: str | None = None
+    """Type of the exception that left the scope."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One curve: times in seconds since the recording began, and values in MB."""
+
+    name: str
+    """``cpu``, ``cuda:N``, ``tree rss``, ``tree pss`` or ``PID name`` of a process."""
+    times_s: list[float]
+    values_mb: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process of a watched tree."""
+
+    pid: int
+    name: str
+    peak_rss_mb: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A whole measurement."""
+
+    created_unix_s: float
+    """When it began, seconds since 1970."""
+    wall_s: float
+    series: list[Series]
+    scopes: list[ScopeRecord]
+    dropped_scopes: int = 0
+    """Passages that are counted in the statistics but not kept one by one."""
+    processes: list[Process] = field(default_factory=list[Process])
+    command: list[str] = field(default_factory=list[str])
+    """The watched command line; empty for a recording of the own process."""
+    exit_code: int | None = None
+    limits: dict[str, float] = field(default_factory=dict[str, float])
+    """``machine_total_mb``, ``cgroup_limit_mb`` and ``limit_mb`` (set by the user), where known."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain lists, dictionaries and numbers, with the format's name and version."""
+        return {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """As JSON; also written to ``path``, whole or not at all, if one is given."""
+        text = json.dumps(self.to_dict(), allow_nan=False)
+        if path is not None:
+            write_atomically(path, text)
+        return text
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str = "the text") -> Recording:
+        """Read what :meth:`to_json` wrote.
+
+        Args:
+            text: the JSON.
+            source: what to call it in an error.
+
+        Raises:
+            RecordingError: it is not JSON, not a recording, newer than this version, or inconsistent.
+        """
+        try:
+            data: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RecordingError(f"{source} is not JSON: {error}") from error
+        if not isinstance(data, dict) or cast(dict[str, Any], data).get("format") != _FORMAT:
+            raise RecordingError(f'{source} is not a recording of av-memory: it has no "format": "{_FORMAT}"')
+        body = dict(cast(dict[str, Any], data))
+        body.pop("format")
+        version = body.pop("version", None)
+        if not isinstance(version, int) or version < 1:
+            raise RecordingError(f"{source} has no usable version: {version!r}")
+        if version > _VERSION:
+            raise RecordingError(
+                f"{source} has version {version}, this av-memory reads up to {_VERSION}: upgrade av-memory"
+            )
+        try:
+            return _recording_from(body)
+        except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
+            raise RecordingError(f"{source} does not hold together: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recording:
+        """Read a recording from a file. Raises ``OSError`` or :class:`RecordingError`, naming the file."""
+        return cls.from_json(Path(path).read_bytes(), source=os.fspath(path))
+
+
+def _recording_from(body: dict[str, Any]) -> Recording:
+    series = [
+        Series(str(item["name"]), _numbers(item["times_s"]), _numbers(item["values_mb"]))
+        for item in body.pop("series")
+    ]
+    for one in series:
+        if len(one.times_s) != len(one.values_mb):
+            raise ValueError(f"series {one.name!r} has {len(one.times_s)} times, {len(one.values_mb)} values")
+    scopes: list[ScopeRecord] = []
+    for item in body.pop("scopes"):
+        fields = dict(item)
+        fields["cpu"] = _usage(fields["cpu"])
+        fields["gpus"] = {int(index): _usage(usage) for index, usage in fields["gpus"].items()}
+        fields["tree"] = _usage(fields["tree"]) if fields["tree"] is not None else None
+        _finite(fields["start_s"], fields["wall_s"])
+        scopes.append(ScopeRecord(**fields))
+    processes = [Process(**item) for item in body.pop("processes")]
+    _finite(body["created_unix_s"], body["wall_s"], *body["limits"].values())
+    return Recording(series=series, scopes=scopes, processes=processes, **body)
+
+
+def _usage(item: Mapping[str, Any]) -> Usage:
+    usage = Usage(**item)
+    _finite(usage.start_mb, usage.end_mb, usage.peak_mb)
+    return usage
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    _finite(*values)
+    return [float(value) for value in values]
+
+
+def _finite(*values: Any) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{value!r} is not a finite number")
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file so that, whatever happens, the old content or the new one is there, never a part.
+
+    Raises:
+        OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
