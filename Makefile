@@ -47,8 +47,8 @@ test: .venv/.synced ## Run the tests with coverage, of one package with P=name
 	$(PY) -m pytest $(P:%=packages/%) $(patsubst %,--cov=packages/%/src,$(or $(P),$(PACKAGES)))
 
 ##@ Before a change goes in
-.PHONY: check lint types boundaries locked workspace
-check: lint types boundaries locked ## Lint, format, types, import boundaries, lock file, workspace rules
+.PHONY: check lint types boundaries locked rules
+check: lint types boundaries locked rules ## Lint, format, types, import boundaries, lock file, workspace rules
 	@echo "check: all passed"
 
 lint: .venv/.synced
@@ -65,6 +65,59 @@ locked: .venv/.synced
 	$(UV) lock --check
 	$(UV) pip check --python $(PY)
 
+rules: .venv/.synced
+	$(PY) tools/check_workspace.py
+
+.PHONY: wheels
+wheels: build/locked.txt ## Build every package's wheel into dist/, with a constraints file of all versions
+	rm -rf dist
+	$(UV) build --all-packages --wheel --out-dir dist
+	$(PY) tools/workspace.py > dist/constraints.txt
+
+.PHONY: wheel-smoke
+wheel-smoke: wheels ## Install each wheel alone, import its modules, run its commands, time its import
+	$(PY) tools/wheel_smoke.py --uv $(UV) --constraint build/locked.txt $(P:%=--only %)
+
+.PHONY: integration
+integration: wheels ## Run tests-integration/ against the built wheels in an environment of their own
+	$(UV) venv --quiet --clear --python $(PY) build/integration
+	$(UV) pip install --quiet --python build/integration/bin/python --find-links dist \
+	  --constraint dist/constraints.txt --constraint build/locked.txt \
+	  $$($(PY) tools/workspace.py --all-extras) pytest pytest-timeout hypothesis
+	build/integration/bin/python -m pytest tests-integration
+
+.PHONY: lowest
+lowest: .venv/.synced ## Run the tests with the lowest versions that are allowed, on a copy in build/lowest
+	rm -rf build/lowest && mkdir -p build/lowest
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t build/lowest
+	cd build/lowest && $(abspath $(UV)) lock --resolution lowest-direct
+	+$(MAKE) -C build/lowest test P=$(P)
+
+##@ Measuring, documentation, release
+.PHONY: bench
+bench: .venv-bench/.synced ## Run the benchmarks, of one package with P=name, in .venv-bench beside their peers
+	@files=(packages/$(or $(P),*)/benchmarks/bench_*.py); \
+	[ -e "$${files[0]}" ] || { echo "no benchmarks in packages/$(or $(P),*)/benchmarks" >&2; exit 2; }; \
+	for file in "$${files[@]}"; do echo "== $$file"; OMP_NUM_THREADS=1 .venv-bench/bin/python "$$file"; done
+
+.PHONY: docs
+docs: .venv-docs/.synced ## Build the site into site/, with nothing fetched
+	.venv-docs/bin/mkdocs build --strict
+
+.PHONY: api
+api: .venv/.synced ## Compare the public names of each package, or of P=name, with its last release
+	$(PY) tools/check_api.py $(P:%=--package %)
+
+.PHONY: plan
+plan: .venv/.synced ## Say which packages await publication, and which names may not be published to
+	$(PY) tools/release_plan.py
+
+.PHONY: bump
+bump: .venv/.synced ## Raise the version of a package: make bump P=av-memory PART=major, minor or patch
+	@[ -n "$(P)" ] && [ -n "$(PART)" ] || { echo "usage: make bump P=<package> PART=major|minor|patch" >&2; exit 2; }
+	$(PY) tools/bump.py $(P) $(PART)
+	$(UV) lock
+
 ##@ Housekeeping
 .PHONY: clean
 clean: ## Remove what was built and the caches; with ALL=1 the environments too (never runs/)
@@ -80,3 +133,17 @@ clean: ## Remove what was built and the caches; with ALL=1 the environments too 
 .venv/.synced: $(MANIFESTS) | $(filter .uv/%,$(UV))
 	$(UV) sync --locked
 	@touch $@
+
+.venv-bench/.synced: $(MANIFESTS) | $(filter .uv/%,$(UV))
+	UV_PROJECT_ENVIRONMENT=.venv-bench $(UV) sync --locked --group bench
+	@touch $@
+
+.venv-docs/.synced: $(MANIFESTS) | $(filter .uv/%,$(UV))
+	UV_PROJECT_ENVIRONMENT=.venv-docs $(UV) sync --locked --only-group docs
+	@touch $@
+
+# What the lock holds of others' packages: wheels are tried with these versions and no newer ones.
+build/locked.txt: .venv/.synced
+	@mkdir -p build
+	$(UV) export --quiet --locked --all-groups --no-group optimum-onnx --no-emit-workspace --no-hashes \
+	  --no-annotate --no-header --output-file $@
