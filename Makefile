@@ -43,8 +43,8 @@ demo: .venv/.synced ## From raw text to written text in about 5 minutes; TEXT= a
 	TEXT="$(TEXT)" OUT="$(OUT)" $(PY) tools/demo.py
 
 .PHONY: test
-test: .venv/.synced ## Run the tests with coverage, of one package with P=name
-	$(PY) -m pytest $(P:%=packages/%) $(patsubst %,--cov=packages/%/src,$(or $(P),$(PACKAGES)))
+test: .venv/.synced ## Run the tests with coverage, of one package with P=name; ARGS= goes to pytest
+	$(PY) -m pytest $(P:%=packages/%) $(patsubst %,--cov=packages/%/src,$(or $(P),$(PACKAGES))) $(ARGS)
 
 ##@ Before a change goes in
 .PHONY: check lint types boundaries locked rules
@@ -102,7 +102,8 @@ bench: .venv-bench/.synced ## Run the benchmarks, of one package with P=name, in
 
 .PHONY: docs
 docs: .venv-docs/.synced ## Build the site into site/, with nothing fetched
-	.venv-docs/bin/mkdocs build --strict
+	.venv-docs/bin/python tools/docs_pages.py build/docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 .PHONY: api
 api: .venv/.synced ## Compare the public names of each package, or of P=name, with its last release
