@@ -81,17 +81,17 @@ wheel-smoke: wheels ## Install each wheel alone, import its modules, run its com
 .PHONY: integration
 integration: wheels ## Run tests-integration/ against the built wheels in an environment of their own
 	$(UV) venv --quiet --clear --python $(PY) build/integration
-	$(UV) pip install --quiet --python build/integration/bin/python --find-links dist \
-	  --constraint dist/constraints.txt --constraint build/locked.txt \
-	  $$($(PY) tools/workspace.py --all-extras) pytest pytest-timeout hypothesis
+	$(PY) tools/workspace.py --wheels dist > build/wheels.txt
+	$(UV) pip install --quiet --python build/integration/bin/python --constraint build/locked.txt \
+	  --requirement build/wheels.txt pytest pytest-timeout hypothesis
 	build/integration/bin/python -m pytest tests-integration
 
 .PHONY: lowest
 lowest: .venv/.synced ## Run the tests with the lowest versions that are allowed, on a copy in build/lowest
 	rm -rf build/lowest && mkdir -p build/lowest
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t build/lowest
-	cd build/lowest && $(abspath $(UV)) lock --resolution lowest-direct
-	+$(MAKE) -C build/lowest test P=$(P)
+	cd build/lowest && UV_RESOLUTION=lowest-direct $(abspath $(UV)) lock
+	UV_RESOLUTION=lowest-direct $(MAKE) -C build/lowest test UV=$(abspath $(UV))
 
 ##@ Measuring, documentation, release
 .PHONY: bench
@@ -129,7 +129,7 @@ clean: ## Remove what was built and the caches; with ALL=1 the environments too 
 .uv/%/bin/uv:
 	@command -v python3 >/dev/null || { echo "python3 with pip is needed, and is not on PATH" >&2; exit 2; }
 	PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 python3 -m pip install --quiet --disable-pip-version-check \
-	  --upgrade --target .uv/$* uv==$*
+	  --root-user-action=ignore --upgrade --target .uv/$* uv==$*
 
 .venv/.synced: $(MANIFESTS) | $(filter .uv/%,$(UV))
 	$(UV) sync --locked

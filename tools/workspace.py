@@ -106,20 +106,27 @@ def workspace_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _from_wheel(member: Member, folder: Path) -> str:
+    """A requirement that no other project's distribution of the same name and version can meet."""
+    stem = f"{member.name.replace('-', '_')}-{member.version}"
+    wheels = sorted(folder.resolve().glob(f"{stem}-*.whl"))
+    if not wheels:
+        raise WorkspaceError(f"{folder} has no wheel {stem}-*.whl; 'make wheels' builds it")
+    return f"{member.name}{'[all]' if 'all' in member.extras else ''} @ {wheels[0].as_uri()}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = workspace_parser(__doc__)
-    parser.add_argument(
-        "--all-extras", action="store_true", help="name the extra 'all' where a member has one"
-    )
+    parser.add_argument("--wheels", type=Path, help="print what installs the wheels of this folder")
     options = parser.parse_args(arguments)
+    wheels: Path | None = options.wheels
     try:
         members = read_members(options.root)
+        lines = [_from_wheel(m, wheels) if wheels else f"{m.name}=={m.version}" for m in members]
     except WorkspaceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for member in members:
-        extra = "[all]" if options.all_extras and "all" in member.extras else ""
-        print(f"{member.name}{extra}=={member.version}")
+    print("\n".join(lines))
     return 0
 
 
