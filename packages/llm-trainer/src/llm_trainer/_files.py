@@ -1,0 +1,88 @@
+"""Writing files so that a crash leaves the old one or the new one, never half of either."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from llm_trainer.exceptions import FormatError
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a temporary path beside `path`, sync what it wrote, and rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        # mkstemp makes files that only their owner can read; a saved model is an ordinary file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        # The rename itself lasts only once the folder is on disk; Windows cannot open folders.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(text.encode("utf-8"))
+
+    write_atomically(path, write)
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write `value` as JSON atomically."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a file that must hold one JSON object.
+
+    Raises:
+        FormatError: The file is missing or holds something else.
+    """
+    try:
+        value: object = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{path} does not exist.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(
+            f"{path} is not valid JSON: {error}. It may be damaged; restore or save it again."
+        ) from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} must hold a JSON object, but holds a {type(value).__name__}.")
+    return cast("dict[str, Any]", value)
+
+
+def check_version(path: Path, found: object, newest: int) -> None:
+    """Refuse a file without a readable version, or one written by a later release.
+
+    Raises:
+        FormatError: `found` is not an integer from 1 to `newest`.
+    """
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise FormatError(
+            f"{path} has no valid format version (found {found!r}); it was not written by llm-trainer."
+        )
+    if found > newest:
+        raise FormatError(
+            f"{path} has format version {found}, this llm-trainer reads up to {newest}; upgrade "
+            f"llm-trainer to read it."
+        )

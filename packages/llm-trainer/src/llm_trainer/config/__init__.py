@@ -1,0 +1,7 @@
+"""Configuration of the model, the training and the data."""
+
+from llm_trainer.config._data import DataConfig
+from llm_trainer.config._model import ModelConfig
+from llm_trainer.config._training import TrainingConfig
+
+__all__ = ["DataConfig", "ModelConfig", "TrainingConfig"]

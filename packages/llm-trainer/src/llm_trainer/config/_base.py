@@ -1,0 +1,148 @@
+"""What the configurations share: reading and writing themselves, and the checks of single values."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import yaml
+
+from llm_trainer._files import read_json_object, write_json, write_text
+from llm_trainer.exceptions import ConfigurationError
+
+
+@dataclasses.dataclass
+class Config:
+    """Base of the configurations: `validate` runs at construction; call it again after changing a field."""
+
+    error: ClassVar[type[ConfigurationError]] = ConfigurationError
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field.
+
+        Raises:
+            ConfigurationError: A value is impossible; the message says what is allowed.
+        """
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values that JSON and YAML can hold."""
+        return {
+            field.name: list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
+            for field in dataclasses.fields(self)
+            for value in [getattr(self, field.name)]
+        }
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any]) -> Self:
+        """Build a configuration from a mapping; fields that it lacks get their defaults.
+
+        Raises:
+            ConfigurationError: A key is unknown (the nearest known one is named) or a value is impossible.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in config_dict:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}."
+                raise cls.error(f"{cls.__name__} has no field {key!r}; {hint}")
+        return cls(**config_dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration to a `.json`, `.yaml` or `.yml` file."""
+        target = Path(path)
+        if self._is_json(target):
+            write_json(target, self.to_dict())
+        else:
+            write_text(target, yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a configuration that `save` wrote, or one written by hand.
+
+        Raises:
+            ConfigurationError: The ending is none of the known ones, or the content is not a valid
+                configuration.
+            FormatError: The file is missing or is not JSON.
+        """
+        source = Path(path)
+        if cls._is_json(source):
+            return cls.from_dict(read_json_object(source))
+        try:
+            content: object = yaml.safe_load(source.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise cls.error(f"{source} does not exist.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise cls.error(f"{source} is not valid YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise cls.error(f"{source} must hold a mapping of fields, but holds a {type(content).__name__}.")
+        return cls.from_dict(cast("dict[str, Any]", content))
+
+    @classmethod
+    def _is_json(cls, path: Path) -> bool:
+        if path.suffix == ".json":
+            return True
+        if path.suffix in {".yaml", ".yml"}:
+            return False
+        raise cls.error(f"{path} must end in .json, .yaml or .yml to say its format.")
+
+    def _check_int(self, name: str, *, least: int, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            self._refuse(name, f"an integer of at least {least}{' or None' if optional else ''}")
+
+    def _check_float(
+        self,
+        name: str,
+        *,
+        least: float = 0.0,
+        most: float = math.inf,
+        open_low: bool = False,
+        open_high: bool = False,
+        optional: bool = False,
+    ) -> None:
+        """Check a finite number in an interval, whose ends count unless they are open; text such as "1e-4"
+        (which is how YAML reads it) is converted.
+        """
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                value = math.nan
+            setattr(self, name, value)
+        inside = (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and (value > least if open_low else value >= least)
+            and (value < most if open_high else value <= most)
+        )
+        if not inside:
+            low = f"{'above' if open_low else 'at least'} {least:g}"
+            high = "" if math.isinf(most) else f" and {'below' if open_high else 'at most'} {most:g}"
+            self._refuse(name, f"a number {low}{high}{' or None' if optional else ''}")
+
+    def _check_choice(self, name: str, allowed: Sequence[str]) -> None:
+        if getattr(self, name) not in allowed:
+            self._refuse(name, "one of " + ", ".join(json.dumps(choice) for choice in allowed))
+
+    def _check_flags(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                self._refuse(name, "True or False")
+
+    def _refuse(self, name: str, allowed: str) -> None:
+        raise self.error(f"{type(self).__name__}.{name} is {getattr(self, name)!r}; it must be {allowed}.")

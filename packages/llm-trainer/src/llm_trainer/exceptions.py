@@ -1,0 +1,51 @@
+"""What llm-trainer raises of its own; each is also the standard exception that callers expect."""
+
+__all__ = [
+    "ConfigurationError",
+    "DataError",
+    "FormatError",
+    "GenerationError",
+    "LLMTrainerError",
+    "ModelConfigurationError",
+    "TokenizerError",
+    "TokenizerNotTrainedException",
+    "TrainingError",
+]
+
+
+class LLMTrainerError(Exception):
+    """Base of every exception of this package."""
+
+
+class ConfigurationError(LLMTrainerError, ValueError, AssertionError):
+    """A configuration holds an impossible value or an unknown key."""
+
+
+class ModelConfigurationError(ConfigurationError):
+    """A `ModelConfig` describes a model that cannot be built."""
+
+
+class TokenizerError(LLMTrainerError, ValueError):
+    """A tokenizer was asked for something it cannot do, such as a vocabulary of fewer tokens than there are
+    bytes.
+    """
+
+
+class TokenizerNotTrainedException(LLMTrainerError, RuntimeError):
+    """A tokenizer was used before `train` or `from_pretrained`."""
+
+
+class DataError(LLMTrainerError, ValueError):
+    """Training or evaluation text is missing, empty or not text."""
+
+
+class FormatError(LLMTrainerError, ValueError):
+    """A file of ours is missing, damaged, or written by a newer version."""
+
+
+class TrainingError(LLMTrainerError, RuntimeError):
+    """Training cannot start or cannot go on."""
+
+
+class GenerationError(LLMTrainerError, ValueError):
+    """Text generation was asked for with impossible parameters."""

@@ -1,0 +1,154 @@
+import json
+import tracemalloc
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llm_trainer.exceptions import FormatError, TokenizerError, TokenizerNotTrainedException
+from llm_trainer.tokenizer import BPETokenizer
+from transformers import PreTrainedTokenizerFast
+
+AWKWARD = st.lists(
+    st.one_of(
+        st.text(max_size=20),
+        st.sampled_from(["<|bos|>", "<|eos|>", "<|pad|>", "\r\n", "  \t ", "'LL", "'ſ", "123456", "é",
+        "👩‍👩‍👧", "\x85", "\u180e"]),
+        st.sampled_from(["def function_3(value):", "    return value", "# the first function"]),
+    )
+).map("".join)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=AWKWARD)
+def test_every_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert ids[0] == tokenizer.bos_token_id
+    # Text that spells a special token does not become one.
+    assert max(ids[1:], default=0) < tokenizer.vocab_size - 3
+
+
+@pytest.fixture(scope="module")
+def fast(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=AWKWARD)
+def test_transformers_reads_the_same_ids(tokenizer, fast, text):
+    assert fast(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(text)
+
+
+def test_transformers_reads_the_same_special_tokens(tokenizer, fast):
+    assert fast.bos_token_id == tokenizer.bos_token_id
+    assert fast.eos_token_id == tokenizer.eos_token_id
+    assert fast.pad_token_id == tokenizer.pad_token_id
+    assert len(fast) == tokenizer.vocab_size
+    assert fast.get_vocab() == tokenizer.vocab
+    assert fast.decode(tokenizer.encode("the value"), skip_special_tokens=True) == "the value"
+
+
+def test_merges_follow_frequency():
+    # "ab" is the commonest pair, then "ab" + "c" the commonest of what remains.
+    tokenizer = BPETokenizer()
+    tokenizer.train(["abc\nabc\nabc\nab"], vocab_size=256 + 3 + 2)
+    assert tokenizer.encode("abc", add_special_tokens=False) == [257]
+    assert tokenizer.encode("ab", add_special_tokens=False) == [256]
+    assert tokenizer.encode("c", add_special_tokens=False) == [ord("c")]
+    assert tokenizer.get_vocab_stats()["num_merges"] == 2
+
+
+def test_saving_and_loading(tokenizer, tmp_path, corpus):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = BPETokenizer.from_pretrained(tmp_path)
+    assert loaded.vocab == tokenizer.vocab
+    assert loaded.special_tokens == ["<|bos|>", "<|eos|>", "<|pad|>"]
+    assert [loaded.encode(text) for text in corpus] == tokenizer.encode_batch(corpus)
+
+
+def test_sizes(tokenizer):
+    stats = tokenizer.get_vocab_stats()
+    assert stats["vocab_size"] == tokenizer.vocab_size == len(tokenizer.vocab) == 320
+    assert stats["num_bytes"] + stats["num_merges"] + stats["num_special_tokens"] == 320
+    lengths = tokenizer.token_byte_lengths()
+    text = "def function_3(value): é"
+    assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_training_reads_a_stream_in_bounded_memory():
+    def stream():
+        for number in range(400):
+            yield f"line {number} of many\n" * 5000
+
+    tracemalloc.start()
+    tokenizer = BPETokenizer()
+    tokenizer.train(stream(), vocab_size=300)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # The stream has 40 MB; Python may hold one text and its piece at a time.
+    assert peak < 4_000_000
+    assert tokenizer.vocab_size == 300
+
+
+def test_an_untrained_tokenizer_says_so():
+    for use in (
+        lambda t: t.encode("a"),
+        lambda t: t.decode([1]),
+        lambda t: t.vocab_size,
+        lambda t: t.encode_batch([]),
+    ):
+        with pytest.raises(TokenizerNotTrainedException, match="call train"):
+            use(BPETokenizer())
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "message"),
+    [
+        (["a"], 258, "at least 259"),
+        ([], 300, "no text"),
+        ([""], 300, "no text"),
+        ("abc", 300, "one string"),
+        ([b"abc"], 300, "must be strings, not bytes"),
+    ],
+)
+def test_bad_training_input(texts, size, message):
+    with pytest.raises(TokenizerError, match=message):
+        BPETokenizer().train(texts, vocab_size=size)
+
+
+def test_bad_encoding_input(tokenizer):
+    with pytest.raises(TokenizerError, match=r"U\+D800.*position 1"):
+        tokenizer.encode("a\ud800")
+    with pytest.raises(TokenizerError, match="not a NoneType"):
+        tokenizer.encode(None)
+    with pytest.raises(TokenizerError, match="Token id 320"):
+        tokenizer.decode([320])
+
+
+def test_a_cut_character_is_replaced(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("é", add_special_tokens=False)[:1]) == "�"
+
+
+def test_damaged_files_are_refused(tokenizer, tmp_path):
+    with pytest.raises(FormatError, match="does not exist"):
+        BPETokenizer.from_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    path, config = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    good, good_config = path.read_text(), config.read_text()
+
+    config.write_text(good_config.replace('version": 1', 'version": 2'))
+    with pytest.raises(FormatError, match=r"version 2.*upgrade"):
+        BPETokenizer.from_pretrained(tmp_path)
+    config.write_text(good_config)
+
+    path.write_text(good[: len(good) // 2])
+    with pytest.raises(FormatError, match="not valid JSON"):
+        BPETokenizer.from_pretrained(tmp_path)
+
+    content = json.loads(good)
+    del content["model"]["vocab"]["a"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(FormatError, match="not consecutive"):
+        BPETokenizer.from_pretrained(tmp_path)
