@@ -1,0 +1,95 @@
+"""Cross-entropy of a linear classifier without holding all of its logits.
+
+Letters: N tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+_CHUNK_LOGITS = 1 << 20
+
+
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """Bound logits smoothly to (-cap, cap)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies, with the gradients computed chunk by chunk beside the loss.
+
+    The product with the weight may run in half precision; softmax and loss are in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cap: float | None, dtype: torch.dtype
+    ) -> Tensor:
+        x, weight = x_ND.to(dtype), weight_VD.to(dtype)
+        needs_x, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        rows = max(1, _CHUNK_LOGITS // weight.size(0))
+        for start in range(0, x.size(0), rows):
+            chunk, targets = x[start : start + rows], targets_N[start : start + rows]
+            logits = soft_cap((chunk @ weight.T).float(), cap)
+            kept = targets != IGNORE_INDEX
+            safe = torch.where(kept, targets, 0)[:, None]
+            log_sums = torch.logsumexp(logits, dim=-1)
+            loss += ((log_sums - logits.gather(1, safe).squeeze(1)) * kept).sum()
+            if grad_x is None and grad_weight is None:
+                continue
+            slope = None if cap is None else 1 - (logits / cap).square()
+            grad = logits.sub_(log_sums[:, None]).exp_()
+            grad.scatter_add_(1, safe, torch.full_like(safe, -1, dtype=grad.dtype))
+            grad *= kept[:, None]
+            if slope is not None:
+                grad *= slope
+            grad_low = grad.to(dtype)
+            if grad_x is not None:
+                torch.mm(grad_low, weight, out=grad_x[start : start + rows])
+            if grad_weight is not None:
+                grad_weight += grad_low.T @ chunk
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.dtypes = x_ND.dtype, weight_VD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_x, grad_weight = cast("tuple[Tensor | None, Tensor | None]", ctx.saved_tensors)
+        scale = grad_outputs[0]
+        x_dtype, weight_dtype = ctx.dtypes
+        return (
+            None if grad_x is None else (grad_x * scale).to(x_dtype),
+            None if grad_weight is None else (grad_weight * scale).to(weight_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cap: float | None = None
+) -> Tensor:
+    """Return the mean of -log softmax(cap(x W'))[target] over the targets that are not -100; 0 if all are.
+
+    Memory beyond the inputs and gradients is about 4 MB whatever the vocabulary, at the price of computing
+    the
+    gradients in the forward pass. Under autocast the products run in its dtype.
+    """
+    device = x_ND.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+    with torch.autocast(device, enabled=False):
+        total = cast("Tensor", _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, cap, dtype))
+    return total / (targets_N != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def next_token_targets(labels_BT: Tensor) -> Tensor:
+    """Shift labels so that position t holds the label of t + 1; the last one has none."""
+    return F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
