@@ -127,7 +127,7 @@ def _scope_table(recording: Recording, timeline: Timeline) -> str:
     gpus = sorted({index for summary in summaries for index in summary.gpu_peaks_mb})
     tree = any(summary.tree_peak_mb is not None for summary in summaries)
     failed = any(summary.errors for summary in summaries)
-    heads = ["Scope", "Count", "Wall, total", "Wall, mean", "Peak, max", "Peak, mean", "Net, mean"]
+    heads = ["Scope", "Peak, max", "Peak, mean", "Net, mean", "Count", "Wall, total", "Wall, mean"]
     heads += [f"GPU {index} peak" for index in gpus] + (
         ["Tree peak (RSS)", "Tree peak (PSS)"] if tree else []
     )
@@ -141,12 +141,12 @@ def _scope_table(recording: Recording, timeline: Timeline) -> str:
         cells = [
             f'<td><button type="button" class="name {fill_class(number)}" aria-pressed="false" '
             f'data-name="{number}" title="{escape(summary.name)}">{escape(summary.name)}</button></td>',
-            f"<td>{summary.count}</td>",
-            f"<td>{format_s(summary.wall_s)}</td>",
-            f"<td>{format_s(summary.wall_s / summary.count)}</td>",
             _share_cell(summary.peak_mb, summaries[0].peak_mb),
             f"<td>{format_mb(summary.peak_sum_mb / summary.count)}</td>",
             f"<td>{_signed_mb(summary.net_sum_mb / summary.count)}</td>",
+            f"<td>{summary.count}</td>",
+            f"<td>{format_s(summary.wall_s)}</td>",
+            f"<td>{format_s(summary.wall_s / summary.count)}</td>",
             *(f"<td>{'–' if value is None else format_mb(value)}</td>" for value in optional),
             f"<td>{summary.exactness}</td>",
             *([f'<td class="text">{escape(errors)}</td>'] if failed else []),

@@ -150,7 +150,7 @@ def _lanes_svg(timeline: Timeline, top: int, x: Callable[[float], str]) -> str:
     for row, thread in enumerate(timeline.lanes.threads):
         if thread != before:
             label_y = top + row * _ROW + 13
-            parts.append(_text("tick", _LEFT - 8, label_y, _shorten(thread, 9), "end", thread))
+            parts.append(_text("tick thread", _LEFT - 8, label_y, _shorten(thread, 8), "end", thread))
         before = thread
     last = [float("-inf")] * len(timeline.lanes.threads)
     for scope, row in timeline.lanes.placed:

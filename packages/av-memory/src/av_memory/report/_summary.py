@@ -87,7 +87,7 @@ def scopes_at(scopes: Iterable[ScopeRecord], time_s: float) -> str:
         return next(iter(paths.values()), "")
     named = [f"{path} ({thread})" for thread, path in paths.items()]
     more = f" and {len(named) - 3} more threads" if len(named) > 3 else ""
-    return "; ".join(named[:3]) + more
+    return ", ".join(named[:3]) + more
 
 
 def verdict(recording: Recording) -> list[str]:
@@ -117,9 +117,8 @@ def verdict(recording: Recording) -> list[str]:
         if largest is not None and largest.peak_rss_mb > peak_mb:
             peak_mb, place = largest.peak_rss_mb, "between two samples"
     of = "all processes together" if main == "tree rss" else "the process"
-    sentences.append(
-        f"The peak of {of} was {format_mb(peak_mb)} {place}{_against(recording.limits, peak_mb)}."
-    )
+    sentences.append(f"The peak of {of} was {format_mb(peak_mb)} {place}.")
+    sentences.extend(_against(recording.limits, peak_mb))
     for name in ("tree rss", "tree pss", *sorted(name for name in curves if name.startswith("cuda:"))):
         if name in curves and name != main:
             time_s, value_mb = peak_of(curves[name])
@@ -145,8 +144,8 @@ def _inside(path: str) -> str:
     return f", in {path}" if path else ""
 
 
-def _against(limits: dict[str, float], peak_mb: float) -> str:
+def _against(limits: dict[str, float], peak_mb: float) -> list[str]:
     for key, name in LIMIT_NAMES.items():
         if limits.get(key, 0) > 0:
-            return f": {peak_mb / limits[key]:.0%} of {name} ({format_mb(limits[key])})"
-    return ""
+            return [f"That is {peak_mb / limits[key]:.0%} of {name} ({format_mb(limits[key])})."]
+    return []

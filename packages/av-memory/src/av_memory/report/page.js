@@ -169,8 +169,8 @@
     const top = BOTTOM + AXIS;
     data.threads.forEach((thread, row) => {
       if (row && thread === data.threads[row - 1]) return;
-      const label = make("text", { class: "tick", x: LEFT - 8, y: top + row * ROW + 13, "text-anchor": "end" }, svg,
-        thread.length > 9 ? `${thread.slice(0, 8)}…` : thread);
+      const label = make("text", { class: "tick thread", x: LEFT - 8, y: top + row * ROW + 13, "text-anchor": "end" }, svg,
+        thread.length > 8 ? `${thread.slice(0, 7)}…` : thread);
       make("title", {}, label, thread);
     });
     const last = data.threads.map(() => -1);
@@ -227,8 +227,10 @@
       entry(`f${scope.name % FILLS}`, scope.label, `${formatS(scope.wall)}, peak ${formatMb(scope.peak)}, net ${scope.net > 0 ? "+" : ""}${formatMb(scope.net)}${failed}`);
     } else {
       const open = scopes.filter((scope) => scope.start <= time && time <= scope.start + scope.wall).sort((a, b) => a.row - b.row);
-      open.slice(0, 6).forEach((scope) => entry(`f${scope.name % FILLS}`, "in", scope.label));
-      if (open.length > 6) entry("", "", `and ${open.length - 6} more scopes`);
+      const stacks = new Map();
+      open.forEach((scope) => stacks.set(data.threads[scope.row], [...(stacks.get(data.threads[scope.row]) || []), scope]));
+      [...stacks].slice(0, 6).forEach(([thread, stack]) => entry(`f${stack[stack.length - 1].name % FILLS}`, stacks.size > 1 ? thread : "in", stack.map((scope) => scope.label).join(" › ")));
+      if (stacks.size > 6) entry("", "", `and ${stacks.size - 6} more threads`);
     }
     tip.hidden = false;
     const beside = at + 14 + tip.offsetWidth <= width ? at + 14 : at - 14 - tip.offsetWidth;
