@@ -34,8 +34,14 @@ __all__ = [
     "reset_high_water",
 ]
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 _PROC = "/proc"
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
+_MAXRSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -94,7 +100,8 @@ class RssProbe:
             raise ProcessLookupError(f"there is no process {pid}") from None
         except (psutil.Error, OSError, RuntimeError) as error:
             raise MemoryProbeError(
-                f"cannot read the memory of process {pid or os.getpid()}: {proc_error}; through psutil: {error}. "
+                f"cannot read the memory of process {pid or os.getpid()}: {proc_error}; "
+                f"through psutil: {error}. "
                 "Mount /proc, or turn tracking off with enable_memory_tracking(False)."
             ) from error
 
@@ -122,14 +129,11 @@ def lifetime_peak_bytes() -> int:
 
     After ``exec`` Linux carries the figure over from the program that was replaced.
     """
-    if sys.platform == "win32":
+    if resource is None:
         import psutil
 
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return maximum if sys.platform == "darwin" else maximum * 1024
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+    return resource.getrusage(0).ru_maxrss * _MAXRSS_UNIT_BYTES
 
 
 def high_water_bytes() -> int | None:
@@ -359,7 +363,7 @@ class GpuMemory:
 
 
 def initialised_cuda() -> ModuleType | None:
-    """``torch.cuda`` if this process has imported torch and CUDA is in use; nothing is imported or started."""
+    """``torch.cuda`` if this process has CUDA in use; nothing is imported or started for it."""
     torch = sys.modules.get("torch")
     cuda = getattr(torch, "cuda", None)
     return cuda if cuda is not None and cuda.is_initialized() else None

@@ -1,0 +1,219 @@
+"""Budgets are kept, and the search finds the largest batch that fits."""
+
+import gc
+import math
+import threading
+import time
+import weakref
+
+import pytest
+from av_memory import MemoryBudget, MemoryBudgetExceeded, find_batch_size, get_cpu_memory
+from hypothesis import given
+from hypothesis import strategies as st
+
+MB = 2**20
+
+
+def grow(limit_mb: int = 4000) -> None:
+    """Use more and more memory, a megabyte at a time."""
+    kept = []
+    for _ in range(limit_mb):
+        kept.append(bytearray(MB))
+        time.sleep(0.0005)
+    raise AssertionError("nothing stopped it")
+
+
+def test_a_budget_interrupts_the_block_and_says_the_figures():
+    limit = get_cpu_memory() + 100
+    with pytest.raises(MemoryBudgetExceeded) as caught, MemoryBudget(limit) as budget:
+        grow()
+    assert caught.value is budget.exceeded
+    assert limit < caught.value.used_mb < limit + 100
+    assert f"of {limit:.0f} MB" in str(caught.value)
+    time.sleep(0.02)  # nothing arrives late
+
+
+def test_a_single_burst_that_still_holds_at_the_end_is_seen():
+    kept = []
+    with pytest.raises(MemoryBudgetExceeded), MemoryBudget(get_cpu_memory() + 50):
+        kept.append(bytearray(100 * MB))
+
+
+def test_within_the_budget_nothing_happens():
+    with MemoryBudget(get_cpu_memory() + 500) as budget:
+        bytearray(20 * MB)
+        time.sleep(0.02)
+    assert budget.exceeded is None
+    with budget:  # it can be used again
+        pass
+
+
+def test_warn_warns_once():
+    with pytest.warns(ResourceWarning, match="budget") as caught:  # noqa: SIM117
+        with MemoryBudget(get_cpu_memory() + 30, "warn"):
+            block = bytearray(80 * MB)
+            time.sleep(0.05)
+    assert len(caught) == 1
+    del block
+
+
+def test_a_function_is_called_once_and_its_exception_comes_out():
+    seen = []
+    with MemoryBudget(1, seen.append) as budget:
+        time.sleep(0.05)
+    assert seen == [budget.exceeded]
+
+    def refuse(exceeded: MemoryBudgetExceeded) -> None:
+        raise LookupError("from the function")
+
+    with pytest.raises(LookupError, match="from the function"), MemoryBudget(1, refuse):
+        time.sleep(0.05)
+
+
+def test_another_exception_of_the_block_is_not_hidden():
+    with pytest.raises(KeyError, match="mine"), MemoryBudget(1):
+        raise KeyError("mine")
+
+
+def test_only_the_thread_that_entered_is_interrupted():
+    outcome = []
+
+    def work() -> None:
+        try:
+            with MemoryBudget(get_cpu_memory() + 60):
+                grow()
+        except MemoryBudgetExceeded:
+            outcome.append("interrupted")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert outcome == ["interrupted"]
+
+
+def test_many_short_blocks_over_the_limit_never_leak_an_interruption():
+    for _ in range(200):
+        with pytest.raises(MemoryBudgetExceeded), MemoryBudget(1):
+            pass
+    for _ in range(20):
+        with pytest.raises(MemoryBudgetExceeded), MemoryBudget(1):
+            time.sleep(0.0049)
+    for _ in range(2000):
+        pass
+
+
+@pytest.mark.parametrize("limit", [0, -1, math.nan, math.inf, "100", None])
+def test_a_limit_that_is_no_positive_number_is_refused(limit):
+    with pytest.raises(ValueError, match="limit_mb"):
+        MemoryBudget(limit)
+
+
+def test_other_misuse_of_a_budget_is_refused():
+    with pytest.raises(ValueError, match="on_exceed"):
+        MemoryBudget(1, "explode")
+    budget = MemoryBudget(10**6)
+    with budget, pytest.raises(RuntimeError, match="in use"):
+        budget.__enter__()
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(0, 12))
+def test_the_search_returns_a_size_that_works_and_comes_close(start: int, fits: int, steps: int):
+    tried = []
+
+    def step(size: int) -> None:
+        tried.append(size)
+        if size > fits:
+            raise MemoryError
+
+    found = find_batch_size(step, start, steps=steps)
+    best = min(start, fits)
+    assert found <= best
+    assert found in tried
+    # Halving leaves less than a factor of two (plus rounding), and each step halves the distance.
+    assert best - found <= max(1, math.ceil((found + 1) / 2**steps))
+    assert max(tried) == start
+
+
+def test_it_goes_by_type_and_other_errors_come_out_at_once():
+    import torch
+
+    def cuda(size: int) -> None:
+        if size > 5:
+            raise torch.cuda.OutOfMemoryError("of any wording")
+
+    assert find_batch_size(cuda, 16, steps=5) == 5
+
+    def wrong(size: int) -> None:
+        raise RuntimeError("CUDA out of memory")  # the right words in the wrong type
+
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        find_batch_size(wrong, 16)
+    sizes = []
+
+    def plain(size: int) -> None:
+        sizes.append(size)
+        if size > 3:
+            raise RuntimeError("not enough memory")
+
+    assert find_batch_size(plain, 8, errors=(RuntimeError,), steps=0) == 2
+    assert sizes == [8, 4, 2]
+
+
+def test_what_a_failure_kept_alive_is_gone_before_the_next_call():
+    class Block:
+        pass
+
+    alive: list[weakref.ref[Block]] = []
+    kept_errors = []
+
+    def leaky(size: int) -> None:
+        assert not any(ref() is not None for ref in alive), "the failed call's memory is still there"
+        block = Block()
+        alive.append(weakref.ref(block))
+        if size > 2:
+            try:
+                try:
+                    raise MemoryError("inner")
+                except MemoryError as inner:
+                    raise MemoryError("outer") from inner
+            except MemoryError as error:
+                kept_errors.append(error)  # as a logger that keeps exceptions would
+                raise
+
+    gc.disable()
+    try:
+        assert find_batch_size(leaky, 16, steps=0) == 2
+    finally:
+        gc.enable()
+    assert len(kept_errors) == 3
+
+
+def test_when_nothing_fits_the_error_comes_out_with_a_note():
+    def never(size: int) -> None:
+        raise MemoryError(f"at {size}")
+
+    with pytest.raises(MemoryError, match="at 2") as caught:
+        find_batch_size(never, 32, minimum=2)
+    assert "does not fit" in caught.value.__notes__[0]
+
+
+def test_with_real_memory_under_a_budget():
+    limit = get_cpu_memory() + 200
+
+    def step(size: int) -> None:
+        with MemoryBudget(limit):
+            block = bytearray(size * MB)
+            time.sleep(0.02)
+            del block
+
+    found = find_batch_size(step, 1024, steps=4)
+    assert 150 <= found <= 200
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"start": 0}, {"start": 2, "minimum": 3}, {"start": 2.5}, {"start": 4, "steps": -1}, {"start": True}],
+)
+def test_sizes_out_of_range_are_refused(arguments):
+    with pytest.raises(ValueError, match="has to be an integer"):
+        find_batch_size(lambda size: None, **arguments)
