@@ -124,18 +124,6 @@ class RssProbe:
             self.close()
 
 
-def lifetime_peak_bytes() -> int:
-    """Largest resident set of this process since it started, by ``getrusage``; 0 where there is none.
-
-    After ``exec`` Linux carries the figure over from the program that was replaced.
-    """
-    if resource is None:
-        import psutil
-
-        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
-    return resource.getrusage(0).ru_maxrss * _MAXRSS_UNIT_BYTES
-
-
 def high_water_bytes() -> int | None:
     """The kernel's high-water mark of the resident set since start or reset; ``None`` where there is none."""
     try:
@@ -146,6 +134,34 @@ def high_water_bytes() -> int | None:
         if line.startswith(b"VmHWM:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def lifetime_peak_bytes() -> int:
+    """Largest resident set of this process since it started; 0 where the system does not tell.
+
+    ``getrusage`` tells at little cost. But Linux hands its figure on through ``fork`` and ``exec``, so
+    that a program begins with the size of the one that started it; until that is outgrown, the kernel's
+    high-water mark is read, which costs more.
+    """
+    if resource is None:
+        import psutil
+
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+    maximum = resource.getrusage(0).ru_maxrss * _MAXRSS_UNIT_BYTES
+    if maximum > _inherited_peak_bytes:
+        return maximum
+    return high_water_bytes() or maximum
+
+
+def _inherited_peak() -> int:
+    own = high_water_bytes()
+    if resource is None or own is None:
+        return 0
+    maximum = resource.getrusage(0).ru_maxrss * _MAXRSS_UNIT_BYTES
+    return maximum if maximum > 1.02 * own else 0
+
+
+_inherited_peak_bytes = _inherited_peak()
 
 
 def reset_high_water() -> bool:
@@ -169,7 +185,7 @@ class TreeMember:
     rss_bytes: int = 0
     """Last reading."""
     peak_rss_bytes: int = 0
-    """Largest reading so far; 0 if the process ended before the first."""
+    """Largest reading so far."""
     ended: bool = False
 
 
@@ -181,25 +197,35 @@ class ProcessTree:
 
     Args:
         root_pid: the process at the top; ``None`` means the calling one.
+        include_root: whether that process counts too, or only what descends from it.
     """
 
-    def __init__(self, root_pid: int | None = None) -> None:
+    def __init__(self, root_pid: int | None = None, *, include_root: bool = True) -> None:
         self.root_pid = os.getpid() if root_pid is None else root_pid
         self.members: list[TreeMember] = []
         """Every process seen so far, in the order in which it was found."""
+        self._include_root = include_root
         self._live: dict[int, tuple[RssProbe, TreeMember]] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Look for processes that have started since."""
-        for pid in [self.root_pid, *_descendants(self.root_pid)]:
+        """Look for processes that have started since, and for names that ``exec`` has changed."""
+        root = [self.root_pid] if self._include_root else []
+        for pid in [*root, *_descendants(self.root_pid)]:
             if pid in self._live:
+                member = self._live[pid][1]
+                member.name = _process_name(pid) or member.name
                 continue
             try:
                 probe = RssProbe(pid)
+                rss = probe.read()
             except (ProcessLookupError, MemoryProbeError):
                 continue
-            member = TreeMember(pid, _process_name(pid))
+            # One that has exited but was not waited for would be found anew each time.
+            if rss == 0:
+                probe.close()
+                continue
+            member = TreeMember(pid, _process_name(pid) or "?", rss, rss)
             self.members.append(member)
             self._live[pid] = (probe, member)
 
@@ -207,6 +233,11 @@ class ProcessTree:
     def live_pids(self) -> list[int]:
         """Processes that answered last, the root first."""
         return list(self._live)
+
+    @property
+    def live_members(self) -> list[TreeMember]:
+        """The same processes with their readings."""
+        return [member for _, member in self._live.values()]
 
     def rss_bytes(self) -> int:
         """Sum of resident sets now. Pages that several processes share count once for each."""
@@ -280,10 +311,12 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def _process_name(pid: int) -> str:
+    """The name, empty where it cannot be had."""
     try:
-        return Path(_PROC, str(pid), "comm").read_text(errors="replace").strip()
+        with open(f"{_PROC}/{pid}/comm", "rb") as file:  # noqa: PTH123
+            return file.read().decode(errors="replace").strip()
     except OSError:
-        return "?"
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
