@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import sys
-from collections import OrderedDict, UserDict, deque
+from collections import UserDict, deque
 
 import numpy as np
 import pytest
