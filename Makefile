@@ -16,6 +16,10 @@ OUT ?=
 
 # Should no Python of this machine fit, the one that uv brings stays inside the checkout as well.
 export UV_PYTHON_INSTALL_DIR := $(CURDIR)/.uv/python
+# uv locks its store of credentials even where there is none; it shall not make one in the user's home.
+ifeq ($(wildcard $(or $(XDG_DATA_HOME),$(HOME)/.local/share)/uv/credentials),)
+export UV_CREDENTIALS_DIR ?= $(CURDIR)/.uv/credentials
+endif
 export UV_NO_PROGRESS ?= 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # A virtual environment that happens to be active is not ours.

@@ -8,8 +8,8 @@ not; 2 where nothing can be compared.
 import io
 import subprocess
 import sys
-import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 import griffe
@@ -36,13 +36,13 @@ def may_break(old: Version, new: Version) -> bool:
 def breaks(root: Path, member: Member, tag: str) -> list[str]:
     """What the member's public interface lost or changed since `tag`, one explanation each."""
     folder = member.source.relative_to(root).as_posix()
-    command = ["git", "-C", str(root), "archive", tag, "--", folder]
+    command = ["git", "-C", str(root), "archive", "--format=zip", tag, "--", folder]
     archive = subprocess.run(command, capture_output=True, check=False)
     if archive.returncode:
         raise WorkspaceError(f"git has no {folder} at {tag}: {archive.stderr.decode().strip()}")
     with tempfile.TemporaryDirectory() as before:
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-            tar.extractall(before, filter="data")
+        with zipfile.ZipFile(io.BytesIO(archive.stdout)) as files:
+            files.extractall(before)
         old = griffe.load(member.import_name, search_paths=[(Path(before) / folder).parent])
         new = _load(member)
         found = griffe.find_breaking_changes(old, new)
