@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -17,7 +18,6 @@ from av_memory.probes import (
     ProcessTree,
     TreeMember,
     cgroup_memory,
-    lifetime_peak_bytes,
     machine_memory,
 )
 from av_memory.recording import Process, Recording, Series
@@ -28,6 +28,7 @@ OVER_LIMIT = 125
 GRACE_S = 5.0
 """How long processes have between SIGTERM and SIGKILL."""
 
+_MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 _REFRESH_S = 0.05
 _PSS_S = 0.25
 _SHARE = 80
@@ -108,7 +109,7 @@ class _Watch:
     def run(self) -> Watched:
         adopts = become_subreaper()
         # Up to this size the kernel's figure for the command may be the one it took over from this process.
-        own_peak = lifetime_peak_bytes()
+        own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES
         created_unix_s = time.time()
         self._origin_ns = time.perf_counter_ns()
         self._pid = os.posix_spawnp(
@@ -159,7 +160,7 @@ class _Watch:
                 break
             if pid == self._pid:
                 self._status = status
-                self._largest_by_kernel = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+                self._largest_by_kernel = usage.ru_maxrss * _MAXRSS_BYTES
         if self._reason is None or self._status is None:
             return self._status is None
         # A process that even SIGKILL does not end hangs in the kernel: nothing is gained by waiting for it.

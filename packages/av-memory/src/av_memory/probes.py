@@ -67,22 +67,21 @@ class RssProbe:
     """Take one reading, in bytes. Raises ``ProcessLookupError`` once the process is gone."""
 
     def __init__(self, pid: int | None = None) -> None:
-        self._descriptor = -1
         try:
-            self._descriptor = os.open(f"{_PROC}/{pid or 'self'}/statm", os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = _Descriptor(f"{_PROC}/{pid or 'self'}/statm")
         except OSError as error:
-            self.reads_proc = False
+            self._descriptor = None
             self.read = self._psutil_reader(pid, error)
         else:
-            self.reads_proc = True
             self.read = self._statm_reader(self._descriptor)
+        self.reads_proc = self._descriptor is not None
 
     @staticmethod
-    def _statm_reader(descriptor: int) -> Callable[[], int]:
+    def _statm_reader(descriptor: _Descriptor) -> Callable[[], int]:
         pread, page_bytes = os.pread, _PAGE_BYTES
 
         def read() -> int:
-            fields = pread(descriptor, 96, 0).split(b" ", 2)
+            fields = pread(descriptor.number, 96, 0).split(b" ", 2)
             if len(fields) < 3:
                 raise ProcessLookupError("the process has ended")
             return int(fields[1]) * page_bytes
@@ -96,9 +95,11 @@ class RssProbe:
         try:
             process = psutil.Process(pid)
             process.memory_info()
-        except psutil.NoSuchProcess:
-            raise ProcessLookupError(f"there is no process {pid}") from None
         except (psutil.Error, OSError, RuntimeError) as error:
+            # Without /proc psutil takes every process of Linux for gone, this one too.
+            blind = sys.platform == "linux" and not Path("/proc/self").exists()
+            if isinstance(error, psutil.NoSuchProcess) and not blind:
+                raise ProcessLookupError(f"there is no process {pid}") from None
             raise MemoryProbeError(
                 f"cannot read the memory of process {pid or os.getpid()}: {proc_error}; "
                 f"through psutil: {error}. "
@@ -115,9 +116,24 @@ class RssProbe:
 
     def close(self) -> None:
         """Give the descriptor back; the probe must not be read after this."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self._descriptor is not None:
+            self._descriptor.close()
+
+
+class _Descriptor:
+    """An open file that lives as long as the probe or its ``read``, whichever is kept longer."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, path: str) -> None:
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        # Set first: a number that is closed here may be another file's a moment later.
+        number, self.number = self.number, -1
+        if number >= 0:
+            os.close(number)
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError, AttributeError):

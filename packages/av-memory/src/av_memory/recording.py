@@ -6,12 +6,13 @@ together, with the reason and the file's name.
 
 from __future__ import annotations
 
+import errno
 import json
-import math
 import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ __all__ = ["Process", "Recording", "RecordingError", "ScopeRecord", "Series", "U
 
 _FORMAT = "av-memory-recording"
 _VERSION = 1
+_LARGEST = 1e15
 
 
 class RecordingError(ValueError):
@@ -150,49 +152,90 @@ class Recording:
 
 def _recording_from(body: dict[str, Any]) -> Recording:
     series = [
-        Series(str(item["name"]), _numbers(item["times_s"]), _numbers(item["values_mb"]))
+        Series(_text(item["name"]), _numbers(item["times_s"]), _numbers(item["values_mb"]))
         for item in body.pop("series")
     ]
     for one in series:
         if len(one.times_s) != len(one.values_mb):
             raise ValueError(f"series {one.name!r} has {len(one.times_s)} times, {len(one.values_mb)} values")
-    scopes: list[ScopeRecord] = []
-    for item in body.pop("scopes"):
-        fields = dict(item)
-        fields["cpu"] = _usage(fields["cpu"])
-        fields["gpus"] = {int(index): _usage(usage) for index, usage in fields["gpus"].items()}
-        fields["tree"] = _usage(fields["tree"]) if fields["tree"] is not None else None
-        _finite(fields["start_s"], fields["wall_s"])
-        scopes.append(ScopeRecord(**fields))
-    processes = [Process(**item) for item in body.pop("processes")]
-    _finite(body["created_unix_s"], body["wall_s"], *body["limits"].values())
+        if any(later < earlier for earlier, later in pairwise(one.times_s)):
+            raise ValueError(f"the times of series {one.name!r} go back")
+    scopes = [_scope(dict(item)) for item in body.pop("scopes")]
+    processes = [
+        Process(_whole(item["pid"]), _text(item["name"]), _number(item["peak_rss_mb"]))
+        for item in body.pop("processes")
+    ]
+    if not isinstance(body["command"], list):
+        raise ValueError(f"the command is {body['command']!r}, not a list")
+    body["command"] = [_text(word) for word in cast(list[Any], body["command"])]
+    body["limits"] = {name: _number(limit) for name, limit in body["limits"].items()}
+    _number(body["created_unix_s"])
+    _number(body["wall_s"])
+    _whole(body["dropped_scopes"])
+    if body["exit_code"] is not None:
+        _whole(body["exit_code"])
     return Recording(series=series, scopes=scopes, processes=processes, **body)
+
+
+def _scope(fields: dict[str, Any]) -> ScopeRecord:
+    fields["cpu"] = _usage(fields["cpu"])
+    fields["gpus"] = {int(index): _usage(usage) for index, usage in fields["gpus"].items()}
+    fields["tree"] = _usage(fields["tree"]) if fields["tree"] is not None else None
+    scope = ScopeRecord(**fields)
+    _text(scope.name)
+    _text(scope.thread)
+    _number(scope.start_s)
+    if _whole(scope.depth) < 0 or _number(scope.wall_s) < 0:
+        raise ValueError(f"scope {scope.name!r} has depth {scope.depth} and lasted {scope.wall_s} s")
+    if scope.tree_pss_peak_mb is not None:
+        _number(scope.tree_pss_peak_mb)
+    if scope.error is not None:
+        _text(scope.error)
+    return scope
 
 
 def _usage(item: Mapping[str, Any]) -> Usage:
     usage = Usage(**item)
-    _finite(usage.start_mb, usage.end_mb, usage.peak_mb)
+    for size_mb in (usage.start_mb, usage.end_mb, usage.peak_mb):
+        _number(size_mb)
+    if not isinstance(cast(Any, usage.peak_exact), bool):
+        raise ValueError(f"peak_exact is {usage.peak_exact!r}")
     return usage
 
 
 def _numbers(values: list[Any]) -> list[float]:
-    _finite(*values)
-    return [float(value) for value in values]
+    return [_number(value) for value in values]
 
 
-def _finite(*values: Any) -> None:
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{value!r} is not a finite number")
+def _number(value: Any) -> float:
+    # The bound keeps sums and pixels finite; it is millions of years, or of terabytes.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+        raise ValueError(f"{value!r:.80} is not a number that can be meant")
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > _LARGEST:
+        raise ValueError(f"{value!r:.80} is not a whole number")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.80} is not a text")
+    return value
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file so that, whatever happens, the old content or the new one is there, never a part.
 
     Raises:
-        OSError: the folder is missing or not writable, or the disk is full; nothing is left behind.
+        OSError: the folder is missing or not writable, or the disk is full; nothing is left behind. Also
+            if the path is there and no regular file: a rename would replace ``/dev/null`` itself.
     """
     target = Path(path)
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("x", encoding="utf-8") as file:
