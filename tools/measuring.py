@@ -91,7 +91,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def parse_arguments(description: str) -> argparse.Namespace:
     """The options that every benchmark has: ``--rounds`` and ``--json``."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of which the median is taken (default 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median of (default 7)")
     parser.add_argument("--json", type=Path, help="where to write the results (default: results/ beside it)")
     return parser.parse_args()
 
