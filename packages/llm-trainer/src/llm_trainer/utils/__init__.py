@@ -1,0 +1,1 @@
+"""Helpers around a trained model; see `llm_trainer.utils.metrics`."""

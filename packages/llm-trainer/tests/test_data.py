@@ -1,0 +1,176 @@
+import numpy as np
+import pytest
+import torch
+from llm_trainer.config import DataConfig
+from llm_trainer.data import LanguageModelingDataset, create_dataloader, load_splits, read_texts
+from llm_trainer.exceptions import ConfigurationError, DataError
+from torch.utils.data import DataLoader
+
+TEXTS = ["the first function", "return value", "", "def function_3(value):\n    return value * 3"]
+
+
+def documents(tokenizer, texts=TEXTS):
+    return [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts if text]
+
+
+def test_packed_rows_are_the_documents_in_order(tokenizer):
+    dataset = LanguageModelingDataset(TEXTS, tokenizer, max_length=7)
+    ids, mask = (torch.cat([row[name] for row in dataset]) for name in ("input_ids", "attention_mask"))
+    expected = documents(tokenizer)
+    stream = [token for document in expected for token in document]
+    assert ids[mask != 0].tolist() == stream
+    assert len(dataset) == -(-len(stream) // 7)
+    assert (ids[mask == 0] == tokenizer.pad_token_id).all()
+
+
+def test_each_row_numbers_its_documents_and_predicts_no_first_token(tokenizer):
+    dataset = LanguageModelingDataset(TEXTS, tokenizer, max_length=7)
+    stream = [
+        (number, place)
+        for number, document in enumerate(documents(tokenizer))
+        for place in range(len(document))
+    ]
+    for index, row in enumerate(dataset):
+        part = stream[index * 7 : index * 7 + 7]
+        first = part[0][0]
+        assert row["attention_mask"].tolist() == [number - first + 1 for number, _ in part] + [0] * (
+            7 - len(part)
+        )
+        labels = [
+            -100 if place == 0 else token
+            for (_, place), token in zip(part, row["input_ids"].tolist(), strict=False)
+        ]
+        assert row["labels"].tolist() == labels + [-100] * (7 - len(part))
+
+
+def test_unpacked_rows_belong_to_one_document(tokenizer):
+    dataset = LanguageModelingDataset(TEXTS, tokenizer, max_length=7, pack_sequences=False)
+    found = [row["input_ids"][row["attention_mask"] != 0].tolist() for row in dataset]
+    expected = [
+        document[start : start + 7]
+        for document in documents(tokenizer)
+        for start in range(0, len(document), 7)
+    ]
+    assert found == expected
+    assert all(set(row["attention_mask"].tolist()) <= {0, 1} for row in dataset)
+
+
+def test_statistics_are_counts(tokenizer):
+    dataset = LanguageModelingDataset(TEXTS, tokenizer, max_length=7, min_length=1)
+    stats = dataset.get_stats()
+    expected = documents(tokenizer)
+    total = sum(len(document) for document in expected)
+    assert stats["num_documents"] == 3
+    assert stats["num_dropped_documents"] == 1
+    assert stats["num_tokens"] == total
+    assert stats["num_text_bytes"] == sum(len(text) for text in TEXTS)
+    assert stats["fill"] == total / (7 * len(dataset))
+
+
+def test_short_documents_are_dropped(tokenizer):
+    lengths = [len(document) - 2 for document in documents(tokenizer)]
+    dataset = LanguageModelingDataset(TEXTS, tokenizer, max_length=7, min_length=max(lengths))
+    assert dataset.get_stats()["num_documents"] == lengths.count(max(lengths)) < 3
+    with pytest.raises(DataError, match=r"no text of at least 1000 tokens \(min_length\) among 4"):
+        LanguageModelingDataset(TEXTS, tokenizer, min_length=1000)
+    with pytest.raises(DataError, match="nothing to train"):
+        LanguageModelingDataset([], tokenizer)
+    with pytest.raises(DataError, match="one string"):
+        LanguageModelingDataset("abc", tokenizer)
+    with pytest.raises(ConfigurationError, match="max_length is 1"):
+        LanguageModelingDataset(TEXTS, tokenizer, max_length=1)
+
+
+def test_tokens_take_two_bytes(tokenizer):
+    assert LanguageModelingDataset(TEXTS, tokenizer)._data.tokens.dtype == np.uint16
+
+
+def test_rows_past_the_end_end_a_loop(tokenizer):
+    dataset = LanguageModelingDataset(TEXTS, tokenizer, max_length=7)
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+    assert torch.equal(dataset[-1]["input_ids"], dataset[len(dataset) - 1]["input_ids"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loader_visits_every_row_once_a_pass_in_a_seeded_order(tokenizer, corpus, workers):
+    dataset = LanguageModelingDataset(corpus, tokenizer, max_length=16)
+
+    def passes(seed):
+        loader = create_dataloader(dataset, batch_size=5, num_workers=workers, seed=seed)
+        return [[row.tolist() for batch in loader for row in batch["input_ids"]] for _ in range(2)]
+
+    first, second = passes(1)
+    rows = [row["input_ids"].tolist() for row in dataset]
+    assert sorted(first) == sorted(second) == sorted(rows)
+    assert first != second
+    assert passes(1) == [first, second]
+    assert passes(2)[0] != first
+
+
+def test_loader_cuts_common_padding(tokenizer):
+    dataset = LanguageModelingDataset(["one", "two words"], tokenizer, max_length=50, pack_sequences=False)
+    (batch,) = create_dataloader(dataset, batch_size=2, shuffle=False)
+    longest = max(len(document) for document in documents(tokenizer, ["one", "two words"]))
+    assert {name: value.shape for name, value in batch.items()} == dict.fromkeys(batch, (2, longest))
+    # The plain loader works on the same rows.
+    (plain,) = DataLoader(dataset, batch_size=2)
+    assert torch.equal(plain["labels"][:, :longest], batch["labels"])
+
+
+def test_reading_folders(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.txt").write_text("first", encoding="utf-8")
+    (tmp_path / "b" / "c.txt").write_text("zweite ü", encoding="utf-8-sig")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "other.md").write_text("third")
+    assert list(read_texts(tmp_path)) == ["first", "zweite ü"]
+    assert list(read_texts(str(tmp_path), patterns=["*.md", "a.*", "*.txt"])) == [
+        "first",
+        "zweite ü",
+        "third",
+    ]
+    assert list(read_texts(tmp_path / "other.md")) == ["third"]
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"missing\.txt does not exist"):
+        read_texts(tmp_path / "missing.txt")
+    with pytest.raises(DataError, match=r"no text in files named \*\.txt or \*\.md"):
+        list(read_texts(tmp_path, ["*.txt", "*.md"]))
+    path = tmp_path / "a.txt"
+    for content, message in (
+        (b"ab\xff", r"a\.txt is not UTF-8 text \(byte 2\)"),
+        (b"a\0b", "zero byte at 1"),
+        (b"  ", "is empty"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            list(read_texts(path))
+
+
+def test_splits_of_a_configuration(tmp_path, corpus, tokenizer):
+    (tmp_path / "train").mkdir()
+    for number, text in enumerate(corpus):
+        (tmp_path / "train" / f"{number:03}.py").write_text(text)
+    (tmp_path / "held_out.py").write_text(corpus[0])
+    config = DataConfig(
+        train_file=str(tmp_path / "train"),
+        validation_file=str(tmp_path / "held_out.py"),
+        file_patterns=("*.py",),
+        vocab_size=300,
+        max_length=32,
+        pack_sequences=False,
+    )
+    splits = load_splits(config)
+    assert splits.tokenizer.vocab_size == 300
+    assert splits.train.get_stats()["num_documents"] == len(corpus)
+    assert splits.train.max_length == 32
+    assert not splits.train.packed
+    assert splits.validation is not None
+    assert splits.validation.get_stats()["num_documents"] == 1
+    assert load_splits(config, tokenizer).tokenizer is tokenizer
+    with pytest.raises(DataError, match="train_file is None"):
+        load_splits(DataConfig())
+    with pytest.raises(DataError, match="gone does not exist"):
+        load_splits(DataConfig(train_file=str(tmp_path / "train"), validation_file=str(tmp_path / "gone")))

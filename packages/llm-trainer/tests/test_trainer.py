@@ -1,0 +1,389 @@
+import logging
+import math
+import os
+import signal
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+from llm_trainer.config import ModelConfig, TrainingConfig
+from llm_trainer.data import LanguageModelingDataset, create_dataloader
+from llm_trainer.exceptions import FormatError, TrainingError
+from llm_trainer.models import TransformerLM
+from llm_trainer.training import (
+    Callback,
+    HistoryRecord,
+    Trainer,
+    TrainingHistory,
+    loss_curve_svg,
+    save_loss_curve,
+    set_seed,
+)
+from llm_trainer.training._precision import Precision
+from llm_trainer.training._step import take_step
+from llm_trainer.utils.metrics import bits_per_byte, compute_perplexity
+
+
+@pytest.fixture
+def dataset(tokenizer, corpus):
+    return LanguageModelingDataset(corpus[:16], tokenizer, max_length=24)
+
+
+@pytest.fixture
+def make_trainer(tokenizer, dataset):
+    def make(*, callbacks=(), train=dataset, evaluation=None, dropout=0.0, **settings):
+        set_seed(7)
+        model = TransformerLM(
+            ModelConfig(
+                vocab_size=tokenizer.vocab_size,
+                d_model=32,
+                n_heads=2,
+                n_layers=2,
+                d_ff=64,
+                max_seq_len=64,
+                dropout=dropout,
+                attention_dropout=dropout,
+                norm="rmsnorm",
+                positions="rope",
+            )
+        )
+        defaults = {
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            "max_steps": 6,
+            "use_amp": False,
+            "warmup_steps": 0,
+        }
+        config = TrainingConfig(**(defaults | settings))
+        return Trainer(
+            model, tokenizer, config, train, evaluation, callbacks, device="cpu", show_progress=False
+        )
+
+    return make
+
+
+class At(Callback):
+    """Does something after one step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, trainer):
+        if trainer.step == self.step:
+            self.action(trainer)
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def test_a_short_text_is_learned_by_heart(make_trainer, tokenizer):
+    text = "def function_3(value):\n    return value * 3 + 9"
+    data = LanguageModelingDataset([text], tokenizer, max_length=64)
+    trainer = make_trainer(train=data, evaluation=data, max_steps=150, batch_size=1, use_amp=True)
+    history = trainer.train()
+    assert history.eval_losses[-1][0] == 150
+    assert history.eval_losses[-1][1] < 0.02
+    assert trainer.generate_text("def", max_length=64) == text
+
+
+def test_same_seed_same_weights_to_the_bit(make_trainer):
+    results = []
+    for seed in (1, 1, 2):
+        trainer = make_trainer(dropout=0.2, seed=seed, use_amp=True, gradient_accumulation_steps=2)
+        trainer.train()
+        results.append(weights(trainer))
+    first, second, other = results
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (4, 1, 2), (1, 8)])
+def test_small_batches_together_equal_a_large_one(make_trainer, tokenizer, corpus, sizes):
+    # Documents of unequal length, one a row: each batch has another number of tokens to predict.
+    texts = [text[: 9 + 7 * number] for number, text in enumerate(corpus[: sum(sizes)])]
+    data = LanguageModelingDataset(texts, tokenizer, max_length=40, pack_sequences=False)
+    rows = [data[index] for index in range(sum(sizes))]
+
+    def stack(part):
+        return {name: torch.stack([row[name] for row in part]) for name in part[0]}
+
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(stack(rows[start : start + size]))
+        start += size
+    gradients, losses = [], []
+    for batches in ([stack(rows)], parts):
+        trainer = make_trainer()
+        seen = {}
+        optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+        optimizer.register_step_pre_hook(
+            lambda *_, model=trainer.model, seen=seen: seen.update(
+                {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+            )
+        )
+        precision = Precision(trainer.config, trainer.device)
+        result = take_step(trainer.model, batches, optimizer, precision, trainer.device, None)
+        gradients.append(seen)
+        losses.append(result.loss)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=0)
+
+
+def test_the_last_partial_window_is_a_step(make_trainer, dataset):
+    batches = math.ceil(len(dataset) / 4)
+    assert batches % 3
+    trainer = make_trainer(max_steps=None, num_epochs=2, gradient_accumulation_steps=3, logging_steps=1)
+    history = trainer.train()
+    assert len(history) == 2 * math.ceil(batches / 3)
+    assert history.records[-1].tokens == 2 * dataset.get_stats()["num_tokens"]
+
+
+def test_clipping_bounds_the_update(make_trainer):
+    before = weights(make_trainer())
+    trainer = make_trainer(
+        optimizer="sgd", weight_decay=0.0, learning_rate=1.0, max_grad_norm=1e-3, max_steps=1
+    )
+    history = trainer.train()
+    assert history.records[0].grad_norm > 1e-2
+    moved = torch.stack(
+        [(parameter - before[name]).norm() for name, parameter in trainer.model.named_parameters()]
+    ).norm()
+    assert moved.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_learning_rates_of_a_run(make_trainer):
+    trainer = make_trainer(
+        max_steps=10, warmup_steps=4, warmup_ratio=None, lr_scheduler="linear", logging_steps=1
+    )
+    rates = [record.lr for record in trainer.train()]
+    expected = [0.01 * (step + 1) / 4 for step in range(4)] + [
+        0.01 * (1 - 0.9 * step / 5) for step in range(6)
+    ]
+    assert rates == pytest.approx(expected)
+
+
+def poison(trainer):
+    with torch.no_grad():
+        trainer.model.final_norm.weight[0] = torch.nan
+
+
+def test_steps_that_are_not_finite_change_nothing_and_are_counted(make_trainer, monkeypatch):
+    broken = {2, 3, 5}
+    calls = iter(range(1, 100))
+
+    def forward(*args, **kwargs):
+        output = original(*args, **kwargs)
+        factor = torch.nan if next(calls) in broken else 1.0
+        return type(output)(output.loss * factor, None)
+
+    trainer = make_trainer(logging_steps=1)
+    original = trainer.model.forward
+    monkeypatch.setattr(trainer.model, "forward", forward)
+    states = []
+    trainer.callbacks = [
+        At(step, lambda trainer: states.append(weights(trainer))) for step in range(1, 7)
+    ]  # fmt: skip
+    history = trainer.train()
+    assert [record.skipped_steps for record in history] == [0, 1, 2, 2, 3, 3]
+    assert [record.train_loss is None for record in history] == [step in broken for step in range(1, 7)]
+    for step in range(2, 7):
+        same = all(torch.equal(states[step - 1][name], states[step - 2][name]) for name in states[0])
+        assert same == (step in broken)
+
+
+def test_too_many_bad_steps_in_a_row_are_an_error(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=50, max_skipped_steps=3, output_dir=tmp_path, callbacks=[At(5, poison)])
+    with pytest.raises(TrainingError, match="not finite in 4 steps in a row, up to step 9"):
+        trainer.train()
+    assert (tmp_path / "history.jsonl").exists()
+
+
+@pytest.mark.parametrize("moment", ["step", "evaluation"])
+def test_interrupt_ends_after_the_step_in_hand(make_trainer, dataset, tmp_path, moment, monkeypatch):
+    def press(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    trainer = make_trainer(
+        max_steps=50, evaluation=dataset, eval_steps=3, output_dir=tmp_path, logging_steps=1
+    )
+    if moment == "step":
+        trainer.callbacks = [At(2, press)]
+        last = 2
+    else:
+        original = TransformerLM.eval
+        monkeypatch.setattr(TransformerLM, "eval", lambda self: (press(), original(self))[1])
+        last = 3
+    with pytest.raises(KeyboardInterrupt, match=f"after step {last} of 50"):
+        trainer.train()
+    assert signal.getsignal(signal.SIGINT) is before
+    records = TrainingHistory.load(tmp_path / "history.jsonl").records
+    assert [record.step for record in records] == list(range(1, last + 1))
+    assert records[-1].eval_loss is None
+    assert math.isfinite(trainer.evaluate()["loss"]) if moment == "step" else True
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+
+
+def test_a_callback_can_stop(make_trainer):
+    trainer = make_trainer(
+        max_steps=50, callbacks=[At(4, lambda trainer: setattr(trainer, "should_stop", True))]
+    )
+    assert trainer.train().records[-1].step == 4
+
+
+def test_callbacks_are_called_in_order(make_trainer, dataset):
+    calls = []
+
+    class Recorder(Callback):
+        def on_train_begin(self, trainer):
+            calls.append("begin")
+
+        def on_step_end(self, trainer):
+            calls.append(trainer.step)
+
+        def on_record(self, trainer, record):
+            calls.append(record)
+
+        def on_train_end(self, trainer):
+            calls.append("end")
+
+    trainer = make_trainer(max_steps=4, eval_steps=2, evaluation=dataset, callbacks=[Recorder()])
+    history = trainer.train()
+    assert calls == ["begin", 1, 2, history.records[0], 3, 4, history.records[1], "end"]
+    assert len(history.eval_losses) == 2
+
+
+@pytest.mark.parametrize(("strategy", "expected"), [("steps", [4, 8, 9]), ("epoch", [3, 6, 9]), ("no", [])])
+def test_when_evaluations_happen(make_trainer, tokenizer, corpus, strategy, expected):
+    data = LanguageModelingDataset(corpus[:1], tokenizer, max_length=8, pack_sequences=False)
+    trainer = make_trainer(
+        train=data,
+        evaluation=data,
+        batch_size=math.ceil(len(data) / 3),
+        max_steps=None,
+        num_epochs=3,
+        eval_steps=4,
+        eval_strategy=strategy,
+    )
+    assert [step for step, _ in trainer.train().eval_losses] == expected
+
+
+def test_evaluation_weighs_tokens(make_trainer, tokenizer, corpus):
+    texts = [text[: 9 + 5 * number] for number, text in enumerate(corpus[:7])]
+    data = LanguageModelingDataset(texts, tokenizer, max_length=64, pack_sequences=False)
+    trainer = make_trainer(evaluation=data, batch_size=3)
+    losses = []
+    for text in texts:
+        ids = torch.tensor([[*tokenizer.encode(text), tokenizer.eos_token_id]])
+        log_probabilities = trainer.model.eval()(ids).logits.double().log_softmax(-1)
+        losses += [-log_probabilities[0, t - 1, ids[0, t]].item() for t in range(1, ids.size(1))]
+    mean = sum(losses) / len(losses)
+    found = trainer.evaluate()
+    assert found["tokens"] == len(losses)
+    assert found["loss"] == pytest.approx(mean, abs=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+    loader = create_dataloader(data, batch_size=2, shuffle=False)
+    assert compute_perplexity(trainer.model, loader, "cpu") == pytest.approx(math.exp(mean), rel=1e-5)
+    # Every token but the first of each document is predicted here.
+    expected = sum(losses) / math.log(2) / sum(len(text.encode()) for text in texts)
+    assert bits_per_byte(mean, data) == pytest.approx(expected)
+
+
+def test_saved_model_and_tokenizer_come_back(make_trainer, dataset, tmp_path):
+    trainer = make_trainer(evaluation=dataset)
+    trainer.train()
+    trainer.save_model(tmp_path / "model")
+    loaded = Trainer.from_pretrained(
+        tmp_path / "model", config=trainer.config, eval_dataset=dataset, device="cpu", show_progress=False
+    )
+    assert loaded.evaluate() == trainer.evaluate()
+    assert loaded.generate_text("def") == trainer.generate_text("def")
+    assert loaded.generate_text("def").startswith("def")
+
+
+def test_float16_becomes_bfloat16_on_a_cpu_and_says_so_once(make_trainer, caplog, monkeypatch):
+    monkeypatch.setattr("llm_trainer.training._precision._said", set())
+    with caplog.at_level(logging.WARNING):
+        first, _ = make_trainer(use_amp=True), make_trainer(use_amp=True)
+    assert [record.message for record in caplog.records].count(caplog.records[0].message) == 1
+    assert "bfloat16 is used instead" in caplog.records[0].message
+    with first._precision.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_progress_in_lines(make_trainer, dataset, capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    trainer = make_trainer(evaluation=dataset, logging_steps=3)
+    trainer._show_progress = True
+    history = trainer.train()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(f"step 3/6  loss {history.records[0].train_loss:.4f}  ")
+    assert lines[1].endswith(f"held-out loss {history.eval_losses[-1][1]:.4f}")
+    assert all("tokens/s" in line and " MB" in line and "s to go" in line for line in lines)
+
+
+def test_history_comes_back(make_trainer, dataset, tmp_path):
+    trainer = make_trainer(evaluation=dataset, output_dir=tmp_path, logging_steps=2)
+    history = trainer.train()
+    path = tmp_path / "history.jsonl"
+    assert TrainingHistory.load(path).records == history.records
+    assert [record.step for record in history] == [2, 4, 6]
+    content = path.read_text()
+    path.write_text(content.replace('"version": 1', '"version": 2'))
+    with pytest.raises(FormatError, match="upgrade"):
+        TrainingHistory.load(path)
+    path.write_text(content[:-20])
+    with pytest.raises(FormatError, match="damaged"):
+        TrainingHistory.load(path)
+    with pytest.raises(FormatError, match="does not exist"):
+        TrainingHistory.load(tmp_path / "none")
+
+
+def test_loss_curves(tmp_path):
+    history = TrainingHistory()
+    for step in range(1, 5):
+        history.append(
+            HistoryRecord(
+                step=step,
+                tokens=step,
+                wall_s=1.0,
+                tokens_per_s=1.0,
+                train_loss=5.0 / step,
+                eval_loss=6.0 / step if step % 2 == 0 else None,
+                lr=0.1,
+                grad_norm=1.0,
+                skipped_steps=0,
+            )
+        )
+    svg = loss_curve_svg(history)
+    root = ElementTree.fromstring(svg)  # noqa: S314 - our own output
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    lines = [
+        path.get("d").count("L") + 1
+        for group in root.iter("{http://www.w3.org/2000/svg}g")
+        if (group.get("id") or "").startswith("line2d")
+        for path in group.findall("{http://www.w3.org/2000/svg}path")
+        if path.get("clip-path")
+    ]
+    assert 4 in lines
+    assert 2 in lines
+    assert loss_curve_svg(TrainingHistory()) != svg
+    save_loss_curve(history, tmp_path / "loss.svg")
+    assert "<svg" in (tmp_path / "loss.svg").read_text()
+    save_loss_curve(history, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"\.png or \.svg"):
+        save_loss_curve(history, tmp_path / "loss.gif")
+
+
+def test_what_is_missing_is_said_before_the_work(make_trainer, tokenizer):
+    with pytest.raises(TrainingError, match="give train_dataset"):
+        make_trainer(train=None).train()
+    with pytest.raises(TrainingError, match="give eval_dataset"):
+        make_trainer().evaluate()
+    small = TransformerLM(ModelConfig(vocab_size=300, d_model=32, n_heads=2, n_layers=1, d_ff=32))
+    with pytest.raises(TrainingError, match="320 tokens, the model only 300"):
+        Trainer(small, tokenizer, TrainingConfig())
