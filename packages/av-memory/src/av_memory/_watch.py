@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,15 +77,55 @@ class _Throttle:
         if now_s < self.due_s:
             return False
         # Processor time, as wall time would also count a wait for a busy processor.
-        self._began_cpu_s = time.process_time()
+        self._began_cpu_s = time.thread_time()
         return True
 
     def done(self, now_s: float) -> None:
-        cost_s = time.process_time() - self._began_cpu_s
+        cost_s = time.thread_time() - self._began_cpu_s
         # From when it was due, so that the time for the reading itself does not add to the interval.
         self.due_s = max(self.due_s + self._interval_s, now_s + _SHARE * cost_s)
         if self.due_s < now_s:
             self.due_s = now_s + self._interval_s
+
+
+class _PssReader:
+    """Reads proportional set sizes in a thread of its own.
+
+    Such a reading waits for a lock that a process holds while its memory grows, a tenth of a second at
+    times, and just then the resident sets must not go unread.
+    """
+
+    def __init__(self, tree: ProcessTree) -> None:
+        self.curve = GrowingSeries()
+        self.latest: tuple[float, int | None] = (0.0, None)
+        """When the last finished reading began, and what it gave."""
+        self._tree = tree
+        self._wanted = threading.Event()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._read_on, daemon=True)
+        self._thread.start()
+
+    def want(self) -> None:
+        """Have the next reading taken early."""
+        self._wanted.set()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._wanted.set()
+        self._thread.join(GRACE_S)
+
+    def _read_on(self) -> None:
+        while not self._stopped.is_set():
+            began_s, began_cpu_s = time.perf_counter(), time.thread_time()
+            pss = self._tree.pss_bytes()
+            self.latest = (began_s, pss)
+            if pss:
+                self.curve.append(time.perf_counter_ns(), pss)
+            cost_s = time.thread_time() - began_cpu_s
+            # Even when they are wanted, readings take at most a fifth of a processor.
+            self._stopped.wait(4 * cost_s)
+            self._wanted.wait(max(_PSS_S, _SHARE * cost_s))
+            self._wanted.clear()
 
 
 class _Watch:
@@ -96,15 +137,13 @@ class _Watch:
         self._limit_bytes = None if limit_mb is None else limit_mb * BYTES_PER_MB
         self._sample_time = _Throttle(interval_s)
         self._refresh_time = _Throttle(_REFRESH_S)
-        self._pss_time = _Throttle(_PSS_S)
-        self._limit_time = _Throttle(interval_s)
         self._rss = GrowingSeries()
-        self._pss = GrowingSeries()
         self._curves: dict[int, tuple[TreeMember, GrowingSeries]] = {}
         self._status: int | None = None
         self._largest_by_kernel = 0
         self._reason: str | None = None
         self._kill_at_s = float("inf")
+        self._above_since_s = float("inf")
 
     def run(self) -> Watched:
         adopts = become_subreaper()
@@ -121,6 +160,7 @@ class _Watch:
         )
         # Orphans come to this process, so everything below it, and nothing else, belongs to the command.
         self._tree = ProcessTree(os.getpid(), include_root=False) if adopts else ProcessTree(self._pid)
+        self._pss = _PssReader(self._tree)
         while self._goes_on():
             now_s = time.perf_counter()
             self._measure(now_s)
@@ -128,6 +168,7 @@ class _Watch:
             if number is not None and self._status is None:
                 send(self._pid, number)
         wall_s = (time.perf_counter_ns() - self._origin_ns) / 1e9
+        self._pss.stop()
         self._tree.refresh()
         self._tree.rss_bytes()
         still_running = len(self._tree.live_pids)
@@ -181,27 +222,20 @@ class _Watch:
                 self._curves[id(member)][1].append(now_ns, member.rss_bytes)
             self._sample_time.done(now_s)
             self._hold_limit(now_s, rss)
-        if self._pss_time.is_due(now_s):
-            self._read_pss()
-            self._pss_time.done(now_s)
-
-    def _read_pss(self) -> int | None:
-        pss = self._tree.pss_bytes()
-        if pss:
-            self._pss.append(time.perf_counter_ns(), pss)
-        return pss
 
     def _hold_limit(self, now_s: float, rss: int) -> None:
         if self._reason is not None:
             if now_s >= self._kill_at_s:
                 self._send_all(signal.SIGKILL)
             return
-        if self._limit_bytes is None or rss <= self._limit_bytes or not self._limit_time.is_due(now_s):
+        if self._limit_bytes is None or rss <= self._limit_bytes:
+            self._above_since_s = float("inf")
             return
         # Shared pages count several times in the sum of resident sets: ask for the fair share as well.
-        pss = self._read_pss()
-        self._limit_time.done(now_s)
-        if pss is not None and pss <= self._limit_bytes:
+        self._above_since_s = min(self._above_since_s, now_s)
+        read_s, pss = self._pss.latest
+        if read_s < self._above_since_s or (pss is not None and pss <= self._limit_bytes):
+            self._pss.want()
             return
         used = f"RSS {to_mb(rss):.0f} MB" + (f", PSS {to_mb(pss):.0f} MB" if pss is not None else "")
         self._reason = f"stopped: its memory ({used}) passed the limit of {to_mb(self._limit_bytes):g} MB"
@@ -223,7 +257,7 @@ class _Watch:
             del self._curves[key]
 
     def _series(self) -> list[Series]:
-        named = [("tree rss", self._rss), ("tree pss", self._pss)]
+        named = [("tree rss", self._rss), ("tree pss", self._pss.curve)]
         if len(self._tree.members) > 1:
             largest = sorted(self._curves.values(), key=lambda item: -item[0].peak_rss_bytes)
             named += [(f"{member.pid} {member.name}", curve) for member, curve in largest[:_CURVES_SHOWN]]

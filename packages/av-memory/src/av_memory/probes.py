@@ -280,7 +280,7 @@ class ProcessTree:
         Milliseconds a process. ``None`` where the kernel does not give it for every live process.
         """
         total = 0
-        for pid in self._live:
+        for pid in list(self._live):  # which another thread may change meanwhile
             try:
                 text = Path(_PROC, str(pid), "smaps_rollup").read_bytes()
             except (FileNotFoundError, ProcessLookupError):

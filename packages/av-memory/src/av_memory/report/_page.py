@@ -149,7 +149,7 @@ def _scope_table(recording: Recording, timeline: Timeline) -> str:
             f"<td>{format_s(summary.wall_s / summary.count)}</td>",
             *(f"<td>{'–' if value is None else format_mb(value)}</td>" for value in optional),
             f"<td>{summary.exactness}</td>",
-            *([f'<td class="text">{escape(errors)}</td>'] if failed else []),
+            *([f"<td>{escape(errors)}</td>"] if failed else []),
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     notes = ""
@@ -190,21 +190,24 @@ def _method(recording: Recording) -> str:
         "PSS divides each shared page among the processes that use it.",
         "The curves come from a sampler that reads every 5 ms unless told otherwise; PSS is read at most "
         "four times a second. A peak between two samples can be missed, so a sampled peak is a lower bound. "
-        "The program's own process is sampled only while a scope is open.",
-        "An <em>exact</em> peak is the kernel's own high-water mark. A <em>sampled</em> one is the largest "
-        "sample; on Linux the counter that is read can be off by some hundred kB, as each processor folds "
-        "its share in only now and then.",
+        "On Linux the counter that is read can be off by some hundred kB, as each processor folds its share "
+        "in only now and then.",
     ]
+    if recording.scopes:
+        items.append(
+            "The process is sampled only while a scope is open. An <em>exact</em> peak is the kernel's own "
+            "high-water mark, a <em>sampled</em> one the largest sample."
+        )
     if any(series.name.startswith("cuda:") for series in recording.series):
         items.append(
             "GPU curves show what torch's allocator has given to tensors, not its cache or the driver's own."
         )
     counts = [
-        f"{escape(series_label(series.name))}: {len(series.times_s)} samples, "
-        f"half of them within {format_s(median_interval_s(series.times_s))} of the one before"
-        for series in recording.series[:20]
-        if len(series.times_s) > 1
+        f"{escape(series_label(series.name))} {len(series.times_s)}, "
+        f"typically {format_s(median_interval_s(series.times_s))} apart"
+        for series in recording.series
+        if series_label(series.name) != series.name and len(series.times_s) > 1
     ]
     if counts:
-        items.append("Kept in this recording: " + "; ".join(counts) + ".")
+        items.append(f"Samples kept: {'; '.join(counts)}.")
     return "".join(f"<li>{item}</li>" for item in items)

@@ -119,6 +119,12 @@ def verdict(recording: Recording) -> list[str]:
     of = "all processes together" if main == "tree rss" else "the process"
     sentences.append(f"The peak of {of} was {format_mb(peak_mb)} {place}.")
     sentences.extend(_against(recording.limits, peak_mb))
+    if len(recording.processes) > 1:
+        largest = max(recording.processes, key=lambda process: process.peak_rss_mb)
+        size = format_mb(largest.peak_rss_mb)
+        sentences.append(
+            f"The largest of {len(recording.processes)} was {largest.name} ({largest.pid}), {size}."
+        )
     for name in ("tree rss", "tree pss", *sorted(name for name in curves if name.startswith("cuda:"))):
         if name in curves and name != main:
             time_s, value_mb = peak_of(curves[name])

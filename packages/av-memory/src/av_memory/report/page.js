@@ -129,7 +129,7 @@
       make("text", { class: "tick", x: LEFT - 8, y: py, dy: 4, "text-anchor": "end" }, svg,
         i ? `${(i * step).toFixed(decimals(step))} ${unit > 1 ? "GB" : "MB"}` : "0");
     }
-    const span = view[1] - view[0], every = timeStep(span / Math.max(2, Math.min(9, (right - LEFT) / 95)));
+    const span = view[1] - view[0], every = timeStep(span / Math.max(3, Math.min(9, (right - LEFT) / 85)));
     for (let i = Math.ceil(view[0] / every - 1e-9); i * every <= view[1] + every * 1e-9; i += 1) {
       const px = x(i * every);
       make("path", { class: "grid", d: `M${px} ${TOP}V${BOTTOM}` }, svg);
