@@ -181,6 +181,42 @@ def test_a_signal_that_kills_the_command_gives_its_code(tmp_path: Path) -> None:
     assert Recording.load(tmp_path / "r.json").exit_code == 137
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells where a signal comes from")
+def test_ctrl_c_at_the_terminal_reaches_the_command_once() -> None:
+    import pty
+
+    code = """
+import signal, sys, time
+seen = []
+signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+print('ready', flush=True)
+while not seen: time.sleep(0.01)
+time.sleep(0.3)
+print(len(seen), sys.stdin.isatty())
+"""
+    take_terminal = (
+        "import fcntl, os, sys, termios\n"
+        "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    keyboard, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", take_terminal, *AV_MEMORY, "run", "--quiet", "--", *python(code)],
+        stdin=terminal,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    os.write(keyboard, b"\x03")
+    output, errors = process.communicate(timeout=20)
+    os.close(keyboard)
+    os.close(terminal)
+    assert (process.returncode, output, errors) == (0, "1 True\n", "")
+
+
 def alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
