@@ -30,6 +30,9 @@ def start() -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
 
     yield run
     for child in started:
+        if child.poll() is None:
+            for descendant in psutil.Process(child.pid).children(recursive=True):
+                descendant.kill()
         child.kill()
         child.communicate()
 
@@ -95,8 +98,6 @@ def test_a_tree_agrees_with_psutil(start: Callable[[str], subprocess.Popen[bytes
     gone = next(member for member in tree.members if member.pid == dying)
     assert gone.ended
     assert gone.peak_rss_bytes > 30 * MB
-    for process in family:
-        process.kill()
 
 
 @linux
