@@ -34,6 +34,7 @@ _REFRESH_S = 0.05
 _PSS_S = 0.25
 _SHARE = 80
 """Each kind of reading waits this many times as long as it took, so each costs little over 1% of a core."""
+_AVERAGED, _LONGEST_PAUSE_S = 32, 0.25
 _CURVES_SHOWN, _CURVES_KEPT = 8, 64
 
 
@@ -66,12 +67,13 @@ def watch(command: Sequence[str], signals: Signals, *, interval_s: float, limit_
 
 
 class _Throttle:
-    """When a reading is due next: after its interval, or later if it was dear."""
+    """When a reading is due next: after its interval, or later if readings are dear on average."""
 
     def __init__(self, interval_s: float) -> None:
         self._interval_s = interval_s
         self.due_s = 0.0
         self._began_cpu_s = 0.0
+        self._cost_s = 0.0
 
     def is_due(self, now_s: float) -> bool:
         if now_s < self.due_s:
@@ -81,11 +83,11 @@ class _Throttle:
         return True
 
     def done(self, now_s: float) -> None:
-        cost_s = time.thread_time() - self._began_cpu_s
+        # The average, as that clock jumps by milliseconds on some kernels, and one jump must leave no hole.
+        self._cost_s += (time.thread_time() - self._began_cpu_s - self._cost_s) / _AVERAGED
+        pause_s = max(self._interval_s, min(_SHARE * self._cost_s, _LONGEST_PAUSE_S))
         # From when it was due, so that the time for the reading itself does not add to the interval.
-        self.due_s = max(self.due_s + self._interval_s, now_s + _SHARE * cost_s)
-        if self.due_s < now_s:
-            self.due_s = now_s + self._interval_s
+        self.due_s = max(self.due_s + pause_s, now_s)
 
 
 class _PssReader:

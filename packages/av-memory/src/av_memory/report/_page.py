@@ -100,7 +100,7 @@ def _plot_notes(recording: Recording, timeline: Timeline) -> str:
     notes = [
         "Drag to zoom in time, or hold Ctrl or Shift and turn the wheel; double-click to see everything.",
         "A name in the table below shows where that scope ran." if recording.scopes else "",
-        "Dotted stretches were not sampled." if any(name == "cpu" for name, _, _ in timeline.curves) else "",
+        "Dotted stretches were not sampled." if timeline.curves else "",
         f"{timeline.left_out_curves} smaller curves are not drawn." if timeline.left_out_curves else "",
         f"{timeline.lanes.left_out} passages are not drawn for want of room."
         if timeline.lanes.left_out
