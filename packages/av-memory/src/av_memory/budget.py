@@ -6,6 +6,7 @@ import ctypes
 import math
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -65,16 +66,14 @@ class MemoryBudget:
         self.on_exceed = on_exceed
         self.exceeded: MemoryBudgetExceeded | None = None
         """Set when the limit was passed in the last block."""
-        self._closing = threading.Lock()
         self._watch: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        if self._watch is not None:
+        if self._watch is not None and self._watch.is_alive():
             raise RuntimeError("this MemoryBudget is in use already; make one for each block")
         self.exceeded = None
         self._failure: BaseException | None = None
         self._stop = threading.Event()
-        self._interrupts = False
         self._thread_id = threading.get_ident()
         RECORDER.read_rss()  # fails here rather than in the thread where memory cannot be read
         self._watch = threading.Thread(target=self._run, name="av-memory budget", daemon=True)
@@ -86,9 +85,7 @@ class MemoryBudget:
         while not self._stop.wait(SAMPLE_INTERVAL_S):
             used = RECORDER.read_rss()
             if used > limit_bytes:
-                with self._closing:
-                    if not self._stop.is_set():
-                        self._exceed(used)
+                self._exceed(used)
                 return
 
     def _exceed(self, used_bytes: int) -> None:
@@ -99,7 +96,7 @@ class MemoryBudget:
             elif self.on_exceed == "warn":
                 warnings.warn(str(exceeded), ResourceWarning, stacklevel=1)
             elif threading.get_ident() != self._thread_id:
-                self._interrupts = True
+                # The last thing that this thread does: nothing waits for it while this has not arrived.
                 _raise_in(self._thread_id, MemoryBudgetExceeded)
         except BaseException as failure:  # noqa: BLE001 (comes out where the block is left)
             self._failure = failure
@@ -121,27 +118,27 @@ class MemoryBudget:
             raise exceeded.with_traceback(trace) from None
 
     def _end_watch(self) -> None:
-        """Stop watching, and take back an interruption that has not arrived."""
+        """Stop watching, and let an interruption that is on its way arrive here.
+
+        Taking it back instead (a null exception for ``PyThreadState_SetAsyncExc``) leaves the flag that
+        announces it set for good, up to Python 3.12, on which 3.11 loops forever under a tracer. For the
+        same reason nothing blocks here: an interruption only arrives between Python instructions.
+        """
         watch = self._watch
-        try:
-            with self._closing:
+        while watch is not None:
+            try:
                 self._stop.set()
-                if self._interrupts:
-                    _raise_in(self._thread_id, None)
-            if watch is not None:
-                watch.join()
-        except MemoryBudgetExceeded:
-            # It arrived within these lines; nothing else can arrive now.
-            self._stop.set()
-            if watch is not None:
-                watch.join()
-        self._watch = None
+                while watch.is_alive():
+                    time.sleep(0)
+                for _ in range(100):
+                    pass
+                watch = None
+            except MemoryBudgetExceeded:
+                continue
 
 
-def _raise_in(thread_id: int, kind: type[BaseException] | None) -> None:
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(thread_id), None if kind is None else ctypes.py_object(kind)
-    )
+def _raise_in(thread_id: int, kind: type[BaseException]) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), ctypes.py_object(kind))
 
 
 def out_of_memory_errors() -> tuple[type[BaseException], ...]:
