@@ -102,7 +102,7 @@ lowest: .venv/.synced ## Run the tests with the lowest versions that are allowed
 bench: .venv-bench/.synced ## Run the benchmarks, of one package with P=name, in .venv-bench beside their peers
 	@files=(packages/$(or $(P),*)/benchmarks/bench_*.py); \
 	[ -e "$${files[0]}" ] || { echo "no benchmarks in packages/$(or $(P),*)/benchmarks" >&2; exit 2; }; \
-	for file in "$${files[@]}"; do echo "== $$file"; OMP_NUM_THREADS=1 .venv-bench/bin/python "$$file"; done
+	for file in "$${files[@]}"; do echo "== $$file"; PYTHONPATH=tools OMP_NUM_THREADS=1 .venv-bench/bin/python "$$file"; done
 
 .PHONY: docs
 docs: .venv-docs/.synced ## Build the site into site/, with nothing fetched

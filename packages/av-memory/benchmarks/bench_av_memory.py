@@ -19,6 +19,7 @@ import av_memory
 import memray
 import numpy as np
 import psutil
+from av_memory import MemoryTracker
 from measuring import environment, interleave, parse_arguments, table, write_results
 
 SCOPES = 20_000
@@ -61,7 +62,10 @@ def memray_scope() -> Iterator[Path]:
             yield path
 
 
-def scopes_of(make: Callable[[], contextlib.AbstractContextManager[object]], count: int) -> Callable[[], None]:
+Scope = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+def scopes_of(make: Scope, count: int) -> Callable[[], None]:
     def run() -> None:
         for _ in range(count):
             with make():
@@ -86,14 +90,11 @@ def scope_cost(rounds: int) -> dict[str, float]:
 
         return switched
 
-    track = scopes_of(lambda: av_memory.MemoryTracker("scope"), SCOPES)
-
     def tracker_loop() -> None:
         for _ in range(SCOPES):
-            with av_memory.MemoryTracker("scope"):
+            with MemoryTracker("scope"):
                 pass
 
-    del track
     timings = interleave(
         {
             "empty": empty_loop,
@@ -105,10 +106,10 @@ def scope_cost(rounds: int) -> dict[str, float]:
         calls=SCOPES,
     )
     few = 20
-    high_water = scopes_of(lambda: av_memory.MemoryTracker("exact", high_water=True), 500)
+    high_water = scopes_of(lambda: MemoryTracker("exact", high_water=True), 500)
     others = {
-        **{"high water": interleave({"": high_water}, rounds=rounds, calls=500)[""]},
-        **{"memray": interleave({"": scopes_of(memray_scope, few)}, rounds=rounds, calls=few)[""]},
+        "high water": interleave({"": high_water}, rounds=rounds, calls=500)[""],
+        "memray": interleave({"": scopes_of(memray_scope, few)}, rounds=rounds, calls=few)[""],
     }
     empty = timings.pop("empty").wall_s
     return {name: (timing.wall_s - empty) * 1e6 for name, timing in (timings | others).items()}
@@ -129,7 +130,7 @@ def numpy_loop() -> None:
 def sampler_cost(rounds: int) -> dict[str, tuple[float, float]]:
     """Cost of watching a busy loop: CPU and wall time over the loop alone, as shares."""
 
-    def under(scope: Callable[[], contextlib.AbstractContextManager[object]]) -> Callable[[], None]:
+    def under(scope: Scope) -> Callable[[], None]:
         def run() -> None:
             with scope():
                 numpy_loop()
@@ -139,7 +140,7 @@ def sampler_cost(rounds: int) -> dict[str, tuple[float, float]]:
     timings = interleave(
         {
             "alone": numpy_loop,
-            "av-memory": under(lambda: av_memory.MemoryTracker("loop")),
+            "av-memory": under(lambda: MemoryTracker("loop")),
             "psutil": under(psutil_sampler),
             "memray": under(memray_scope),
         },
@@ -153,43 +154,30 @@ def sampler_cost(rounds: int) -> dict[str, tuple[float, float]]:
 
 
 PEAK_JOB = """
-import json, sys, time
-import av_memory
+import json, resource, sys, time
 sys.path.insert(0, {folder!r})
 import bench_av_memory as bench
-import memray
-from pathlib import Path
-import resource
-def job():
+with {scope} as scope:
     block = bytearray(500 * 2**20)
     time.sleep({hold})
     del block
-scopes = {{
-    "av-memory": lambda: av_memory.MemoryTracker("peak"),
-    "psutil": bench.psutil_sampler,
-    "memray": bench.memray_scope,
-}}
-with scopes[{peer!r}]() as scope:
-    job()
-    if {peer!r} == "memray":
-        pass
 kernel = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-if {peer!r} == "av-memory":
-    peak = scope.result.cpu.peak_mb * 2**20
-else:
-    peak = scope[0] if {peer!r} == "psutil" else 0
-print(json.dumps([peak, kernel]))
+print(json.dumps([{peak}, kernel]))
 """
+PEAK_SCOPES = {
+    "av-memory": ('bench.MemoryTracker("peak")', "scope.result.cpu.peak_mb * 2**20"),
+    "psutil": ("bench.psutil_sampler()", "scope[0]"),
+}
 
 
 def peaks(hold_s: float) -> dict[str, float]:
     """Error of the peak of a 500 MB allocation against the kernel's ``ru_maxrss``, in fresh processes."""
     errors: dict[str, float] = {}
-    for peer in ("av-memory", "psutil"):
-        code = PEAK_JOB.format(folder=str(Path(__file__).parent), peer=peer, hold=hold_s)
+    for peer, (scope, peak) in PEAK_SCOPES.items():
+        code = PEAK_JOB.format(folder=str(Path(__file__).parent), scope=scope, peak=peak, hold=hold_s)
         out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-        peak, kernel = json.loads(out)
-        errors[peer] = peak / kernel - 1
+        seen, kernel = json.loads(out)
+        errors[peer] = seen / kernel - 1
     return errors
 
 
