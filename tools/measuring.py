@@ -15,7 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
 
 
 def write_results(script: str, path: Path | None, results: Mapping[str, Any]) -> Path:
-    """Write the results as JSON; by default to ``results/<script>.json`` beside the benchmark."""
+    """Write plain data as JSON; by default to ``results/<script>.json`` beside the benchmark."""
     target = path or Path(script).parent / "results" / (Path(script).stem + ".json")
     target.parent.mkdir(parents=True, exist_ok=True)
-    plain = {key: asdict(value) if isinstance(value, Timing) else value for key, value in results.items()}
-    target.write_text(json.dumps(plain, indent=1, default=lambda value: asdict(value)) + "\n")
+    target.write_text(json.dumps(results, indent=1) + "\n")
     return target

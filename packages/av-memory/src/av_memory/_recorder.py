@@ -15,6 +15,7 @@ from collections import deque
 from contextvars import ContextVar
 from time import perf_counter_ns
 
+from av_memory._pss import PssReader
 from av_memory._series import GrowingSeries
 from av_memory._units import BYTES_PER_MB, to_mb
 from av_memory.probes import (
@@ -35,9 +36,6 @@ SAMPLE_INTERVAL_S = 0.005
 _TICKS_UNTIL_PARKED = 20
 _TICKS_PER_GPU_SAMPLE = 4
 _TICKS_PER_TREE_REFRESH = 10
-_PSS_INTERVAL_NS = 250_000_000
-_PSS_SHARE = 50
-"""A reading of PSS may take at most one part in this many of the time."""
 _KEPT_SCOPES = 10_000
 _KEPT_NAMES = 10_000
 _OTHER_NAMES = "(other names)"
@@ -170,7 +168,7 @@ class Recorder:
         self._wake = threading.Event()
         self._open: list[Scope] = []
         self._tree: ProcessTree | None = None
-        self._next_pss_ns = 0
+        self._pss: PssReader | None = None
         self._process_peak = 0
         self._high_water_is_ours = True
         self._gpu_process_peaks: dict[int, int] = {}
@@ -271,8 +269,9 @@ class Recorder:
                 name = scope.name if len(self.totals) < _KEPT_NAMES else _OTHER_NAMES
                 totals = self.totals.setdefault(name, Totals())
             totals.add(scope)
-            if scope.tree_start is not None and not any(s.tree_start is not None for s in self._open):
-                self._drop_tree()
+            last_tree = scope.tree_start is not None and all(s.tree_start is None for s in self._open)
+        if last_tree:
+            self._drop_tree()
 
     # The sampler
 
@@ -310,7 +309,7 @@ class Recorder:
         rss = self.read_rss()
         gpus = gpu_memory() if ticks % _TICKS_PER_GPU_SAMPLE == 0 and initialised_cuda() is not None else {}
         if self._tree is not None:
-            self._read_tree(refresh=ticks % _TICKS_PER_TREE_REFRESH == 0)
+            self._read_tree(make=False, refresh=ticks % _TICKS_PER_TREE_REFRESH == 0)
         now = perf_counter_ns()
         with self._lock:
             self._cpu.append(now, rss)
@@ -327,34 +326,37 @@ class Recorder:
     def _append(self, name: str, now: int, value: int) -> None:
         self._others.setdefault(name, GrowingSeries()).append(now, value)
 
-    def _read_tree(self, refresh: bool = True) -> int:
+    def _read_tree(self, *, make: bool = True, refresh: bool = True) -> int:
         with self._tree_lock:
             if self._tree is None:
+                if not make:
+                    return 0
                 self._tree = ProcessTree()
+                self._pss = PssReader(self._tree, self._see_pss)
             elif refresh:
                 self._tree.refresh()
             rss = self._tree.rss_bytes()
-            now = perf_counter_ns()
-            pss = None
-            if now >= self._next_pss_ns:
-                pss = self._tree.pss_bytes()
-                taken_ns = perf_counter_ns() - now
-                self._next_pss_ns = now + max(_PSS_INTERVAL_NS, _PSS_SHARE * taken_ns)
+        now = perf_counter_ns()
         with self._lock:
             self._append("tree rss", now, rss)
-            if pss is not None:
-                self._append("tree pss", now, pss)
             for scope in self._open:
                 if scope.tree_start is not None:
                     scope.tree_peak = max(scope.tree_peak, rss)
-                    if pss is not None:
-                        scope.tree_pss_peak = max(scope.tree_pss_peak or 0, pss)
         return rss
 
+    def _see_pss(self, now: int, pss: int) -> None:
+        with self._lock:
+            self._append("tree pss", now, pss)
+            for scope in self._open:
+                if scope.tree_start is not None:
+                    scope.tree_pss_peak = max(scope.tree_pss_peak or 0, pss)
+
     def _drop_tree(self) -> None:
-        tree, self._tree = self._tree, None
-        if tree is not None:
-            tree.close()
+        with self._tree_lock:
+            if self._tree is not None and self._pss is not None:
+                self._pss.stop()
+                self._tree.close()
+            self._tree = self._pss = None
 
     # Peaks of the whole process
 

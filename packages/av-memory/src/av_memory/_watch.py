@@ -6,11 +6,11 @@ import os
 import resource
 import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from av_memory._pss import READING_SHARE, PssReader
 from av_memory._series import GrowingSeries
 from av_memory._signals import Signals, become_subreaper, send
 from av_memory._units import BYTES_PER_MB, to_mb
@@ -31,9 +31,6 @@ GRACE_S = 5.0
 
 _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 _REFRESH_S = 0.05
-_PSS_S = 0.25
-_SHARE = 80
-"""Each kind of reading waits this many times as long as it took, so each costs little over 1% of a core."""
 _AVERAGED, _LONGEST_PAUSE_S = 32, 0.25
 _CURVES_SHOWN, _CURVES_KEPT = 8, 64
 
@@ -85,49 +82,9 @@ class _Throttle:
     def done(self, now_s: float) -> None:
         # The average, as that clock jumps by milliseconds on some kernels, and one jump must leave no hole.
         self._cost_s += (time.thread_time() - self._began_cpu_s - self._cost_s) / _AVERAGED
-        pause_s = max(self._interval_s, min(_SHARE * self._cost_s, _LONGEST_PAUSE_S))
+        pause_s = max(self._interval_s, min(READING_SHARE * self._cost_s, _LONGEST_PAUSE_S))
         # From when it was due, so that the time for the reading itself does not add to the interval.
         self.due_s = max(self.due_s + pause_s, now_s)
-
-
-class _PssReader:
-    """Reads proportional set sizes in a thread of its own.
-
-    Such a reading waits for a lock that a process holds while its memory grows, a tenth of a second at
-    times, and just then the resident sets must not go unread.
-    """
-
-    def __init__(self, tree: ProcessTree) -> None:
-        self.curve = GrowingSeries()
-        self.latest: tuple[float, int | None] = (0.0, None)
-        """When the last finished reading began, and what it gave."""
-        self._tree = tree
-        self._wanted = threading.Event()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._read_on, daemon=True)
-        self._thread.start()
-
-    def want(self) -> None:
-        """Have the next reading taken early."""
-        self._wanted.set()
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self._wanted.set()
-        self._thread.join(GRACE_S)
-
-    def _read_on(self) -> None:
-        while not self._stopped.is_set():
-            began_s, began_cpu_s = time.perf_counter(), time.thread_time()
-            pss = self._tree.pss_bytes()
-            self.latest = (began_s, pss)
-            if pss:
-                self.curve.append(time.perf_counter_ns(), pss)
-            cost_s = time.thread_time() - began_cpu_s
-            # Even when they are wanted, readings take at most a fifth of a processor.
-            self._stopped.wait(4 * cost_s)
-            self._wanted.wait(max(_PSS_S, _SHARE * cost_s))
-            self._wanted.clear()
 
 
 class _Watch:
@@ -162,7 +119,8 @@ class _Watch:
         )
         # Orphans come to this process, so everything below it, and nothing else, belongs to the command.
         self._tree = ProcessTree(os.getpid(), include_root=False) if adopts else ProcessTree(self._pid)
-        self._pss = _PssReader(self._tree)
+        self._pss_curve = GrowingSeries()
+        self._pss = PssReader(self._tree, self._pss_curve.append)
         while self._goes_on():
             now_s = time.perf_counter()
             self._measure(now_s)
@@ -170,7 +128,7 @@ class _Watch:
             if number is not None and self._status is None:
                 send(self._pid, number)
         wall_s = (time.perf_counter_ns() - self._origin_ns) / 1e9
-        self._pss.stop()
+        self._pss.stop(GRACE_S)
         self._tree.refresh()
         self._tree.rss_bytes()
         still_running = len(self._tree.live_pids)
@@ -259,7 +217,7 @@ class _Watch:
             del self._curves[key]
 
     def _series(self) -> list[Series]:
-        named = [("tree rss", self._rss), ("tree pss", self._pss.curve)]
+        named = [("tree rss", self._rss), ("tree pss", self._pss_curve)]
         if len(self._tree.members) > 1:
             largest = sorted(self._curves.values(), key=lambda item: -item[0].peak_rss_bytes)
             named += [(f"{member.pid} {member.name}", curve) for member, curve in largest[:_CURVES_SHOWN]]
