@@ -19,8 +19,7 @@ class ModelConfig(Config):
 
     The defaults describe a GPT-2-like model with fixed positions. For a small model trained from scratch,
     `norm="rmsnorm", positions="rope", activation="relu2", qk_norm=True, bias=False,
-    zero_init_projections=True`
-    with no dropout learns faster.
+    zero_init_projections=True` with no dropout learns faster.
     """
 
     error: ClassVar[type[ConfigurationError]] = ModelConfigurationError

@@ -33,8 +33,7 @@ class TrainingConfig(Config):
     """Longest warm-up in steps; None sets no bound."""
     warmup_ratio: float | None = 0.1
     """Longest warm-up as a share of the run; None sets no bound. Of the two bounds the smaller one holds,
-    so that
-    a short run is not spent warming up."""
+    so that a short run is not spent warming up."""
     min_lr_ratio: float = 0.1
     """Last learning rate of the decaying schedules, as a share of `learning_rate`."""
     optimizer: str = "adamw"
@@ -125,9 +124,7 @@ class TrainingConfig(Config):
         return self.batch_size * self.gradient_accumulation_steps * self.world_size
 
     def resolve_warmup_steps(self, total_steps: int) -> int:
-        """Return the warm-up of a run of `total_steps` steps: the smaller of the two bounds that are
-        given.
-        """
+        """Return the warm-up of a run of `total_steps` steps: the smaller of the given bounds."""
         bounds = [] if self.warmup_steps is None else [self.warmup_steps]
         if self.warmup_ratio is not None:
             bounds.append(round(self.warmup_ratio * total_steps))

@@ -22,9 +22,9 @@ class LanguageModelingDataset(Dataset[dict[str, Tensor]]):
     """Texts as rows of `max_length` tokens.
 
     A document is `<|bos|>`, its text and `<|eos|>`. Packed, the documents stand behind one another and are
-    cut
-    every `max_length` tokens, so a row may hold the end of one, others whole, and the start of another; not
-    packed, each document has rows of its own. The last row (of the data, or of each document) is padded.
+    cut every `max_length` tokens, so a row may hold the end of one, others whole, and the start of another;
+    not packed, each document has rows of its own. The last row (of the data, or of each document) is
+    padded.
 
     A row is a dictionary of int64 tensors of shape (max_length,):
 
@@ -46,8 +46,7 @@ class LanguageModelingDataset(Dataset[dict[str, Tensor]]):
 
         Args:
             texts: Documents, read once; their tokens are held in memory at 2 bytes each (4 where the
-                vocabulary
-                has more than 65536).
+                vocabulary has more than 65536).
             tokenizer: A trained `BPETokenizer`.
             max_length: Tokens in a row.
             pack_sequences: Whether rows hold several documents.

@@ -18,8 +18,7 @@ def read_texts(path: str | Path, patterns: Sequence[str] = ("*.txt",)) -> Iterat
 
     Raises:
         DataError: `path` is missing, holds no text, or a file is not UTF-8 text. A missing path is found at
-            the
-            call, the others when the file's turn comes.
+            the call, the others when the file's turn comes.
     """
     source = Path(path)
     if source.is_file():

@@ -80,8 +80,7 @@ def linear_cross_entropy(
     """Return the mean of -log softmax(cap(x W'))[target] over the targets that are not -100; 0 if all are.
 
     Memory beyond the inputs and gradients is about 4 MB whatever the vocabulary, at the price of computing
-    the
-    gradients in the forward pass. Under autocast the products run in its dtype.
+    the gradients in the forward pass. Under autocast the products run in its dtype.
     """
     device = x_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype

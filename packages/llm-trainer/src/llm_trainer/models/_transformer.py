@@ -227,8 +227,7 @@ class TransformerLM(nn.Module):
             top_k: Sample from the k likeliest tokens only.
             top_p: Sample from the fewest likeliest tokens whose probabilities reach p.
             do_sample: None samples when a temperature other than 1, `top_k` or `top_p` is given, and is
-                greedy
-                otherwise.
+                greedy otherwise.
             num_beams: Only 1.
             repetition_penalty: Above 1, makes tokens that are there already less likely (Keskar et al.,
                 2019).

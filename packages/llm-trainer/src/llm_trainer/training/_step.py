@@ -46,8 +46,7 @@ def take_step(
     """Update the model with the mean loss over all labelled tokens of all batches.
 
     Each batch weighs by its share of those tokens, so the batches together give the gradient of one large
-    one,
-    however many they are and however long. A loss or gradient that is not finite changes nothing.
+    one, however many they are and however long. A loss or gradient that is not finite changes nothing.
     """
     labels = [count_labels(batch) for batch in batches]
     total = max(1, sum(labels))

@@ -33,8 +33,7 @@ class Trainer:
     """Trains a model on rows of tokens, such as `LanguageModelingDataset`.
 
     Two runs with the same seed, data, initial weights and number of threads give the same weights to the
-    bit on
-    a CPU.
+    bit on a CPU.
     """
 
     def __init__(
@@ -95,8 +94,7 @@ class Trainer:
         Raises:
             TrainingError: There is no training data, or too many steps in a row were not finite.
             KeyboardInterrupt: Ctrl-C was pressed: the step in hand was finished and the history written, so
-                the
-                model can be used or saved. Pressing it twice stops at once.
+                the model can be used or saved. Pressing it twice stops at once.
         """
         if self.train_dataset is None:
             raise TrainingError("There is nothing to train on: give train_dataset to Trainer(...).")

@@ -12,9 +12,7 @@ __all__ = ["Callback"]
 
 
 class Callback:
-    """Override what is wanted; each is called on the training thread, and an exception in it ends
-    training.
-    """
+    """Override what is wanted; each is called on the training thread; an exception in it ends training."""
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Called when everything is ready, before the first step."""

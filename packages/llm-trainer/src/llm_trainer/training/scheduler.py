@@ -21,8 +21,7 @@ def learning_rate_factor(
     """Return the share of the peak learning rate at which update `step` (from 0) is made.
 
     With w warm-up steps, n steps and the minimum m: (step + 1) / w in the warm-up, so that the first update
-    is
-    not lost. Then, with t = (step - w) / (n - 1 - w) running from 0 to 1 at the last update:
+    is not lost. Then, with t = (step - w) / (n - 1 - w) running from 0 to 1 at the last update:
 
     - constant: 1
     - linear: 1 - (1 - m) t

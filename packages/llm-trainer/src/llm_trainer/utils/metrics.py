@@ -97,10 +97,9 @@ def compute_perplexity(
 def bits_per_byte(loss: float, dataset: LanguageModelingDataset) -> float:
     """Convert a mean loss on a dataset, in nats a token, into bits a byte of its text.
 
-    It compares models with different tokenizers: loss * tokens / (ln 2 * UTF-8 bytes). End-of-text tokens are
-    counted, for knowing where a text ends is part of knowing the text; beginning-of-text tokens are not.
-    The first
-    token of a row, which nothing predicts, is taken to cost as much as the others do.
+    It compares models with different tokenizers: loss * tokens / (ln 2 * UTF-8 bytes). End-of-text tokens
+    are counted, for knowing where a text ends is part of knowing the text; beginning-of-text tokens are
+    not. The first token of a row, which nothing predicts, is taken to cost as much as the others do.
     """
     stats = dataset.get_stats()
     tokens = stats["num_tokens"] - stats["num_documents"]
