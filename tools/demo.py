@@ -99,7 +99,11 @@ def step(title: str) -> Generator[None]:
 def prompts_for(corpus: Corpus) -> list[str]:
     """Beginnings for the model to go on from: code for code, else lines that it has not seen."""
     if corpus.source.startswith("the standard library"):
-        return ["def read_file(path):\n", "class Stack:\n    def __init__(self", "import os\nimport sys\n"]
+        return [
+            "def read_file(path):\n",
+            "class Stack:\n    def __init__(self",
+            'if __name__ == "__main__":\n',
+        ]
     lines = [line.strip() for text in corpus.held_out for line in text.splitlines()]
     long_enough = [line for line in lines if len(line.split()) >= 6]
     chosen = long_enough[:: max(1, len(long_enough) // 3)][:3] or [corpus.held_out[0][:20]]
@@ -214,7 +218,7 @@ def run(arguments: argparse.Namespace) -> Path:
         page,
         title="From raw text to written text",
         sections={
-            "What was made": facts_table(facts),
+            "What was made": facts_list(facts),
             "Loss": svg[svg.index("<svg") :],
             "What it writes": "".join(
                 f"<pre><b>{html.escape(prompt)}</b>{html.escape(text)}</pre>" for prompt, text in samples
@@ -224,12 +228,10 @@ def run(arguments: argparse.Namespace) -> Path:
     return page
 
 
-def facts_table(facts: list[tuple[str, str]]) -> str:
-    """The facts as rows of an HTML table."""
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts
-    )
-    return f"<table>{rows}</table>"
+def facts_list(facts: list[tuple[str, str]]) -> str:
+    """The facts as an HTML list."""
+    lines = (f"<li><b>{html.escape(name)}</b>: {html.escape(value)}</li>" for name, value in facts)
+    return f"<ul>{''.join(lines)}</ul>"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -244,13 +246,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path(output or "runs/demo"), help="folder for model and page"
     )
-    parser.add_argument("--steps", type=int, default=400, help="training steps")
-    parser.add_argument("--batch", type=int, default=16, help="rows a step")
+    parser.add_argument("--steps", type=int, default=750, help="training steps")
+    parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
-    parser.add_argument("--width", type=int, default=256, help="width of the model, a multiple of 64")
-    parser.add_argument("--layers", type=int, default=6, help="blocks of the model")
+    parser.add_argument("--width", type=int, default=192, help="width of the model, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=4, help="blocks of the model")
     parser.add_argument("--vocab-size", type=int, default=4096, help="kinds of tokens")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--learning-rate", type=float, default=4e-3, help="highest learning rate")
     return parser.parse_args(argv)
 
 

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["loss_curve_svg", "save_loss_curve"]
 
 
-def _draw(history: TrainingHistory) -> Figure:
+# Stands for the colour of the text around, which matplotlib has no name for.
+_TEXT_COLOUR = "#010203"
+
+
+def _draw(history: TrainingHistory, ink: str = "black") -> Figure:
     # matplotlib takes a second to load, and a figure of its own leaves pyplot's global state alone.
     from matplotlib.figure import Figure
 
@@ -29,19 +33,25 @@ def _draw(history: TrainingHistory) -> Figure:
         if losses:
             steps, values = zip(*losses, strict=True)
             axes.plot(steps, values, style, label=label, markersize=4)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_xlabel("step", color=ink)
+    axes.set_ylabel("loss (nats a token)", color=ink)
+    axes.tick_params(colors=ink)
+    axes.spines[:].set_color(ink)
     axes.grid(alpha=0.3)
     if history.train_losses or history.eval_losses:
-        axes.legend()
+        axes.legend(labelcolor=ink, framealpha=0)
     return figure
 
 
 def loss_curve_svg(history: TrainingHistory) -> str:
-    """Return the losses over the steps as an SVG document."""
+    """Return the losses over the steps as an SVG document.
+
+    Its background is clear and its text has the colour of the text around it, so that it can stand in a
+    page of any theme.
+    """
     buffer = io.StringIO()
-    _save(_draw(history), buffer, "svg")
-    return buffer.getvalue()
+    _save(_draw(history, _TEXT_COLOUR), buffer, "svg", transparent=True)
+    return buffer.getvalue().replace(_TEXT_COLOUR, "currentColor")
 
 
 def save_loss_curve(history: TrainingHistory, path: str | Path) -> None:
@@ -58,7 +68,7 @@ def save_loss_curve(history: TrainingHistory, path: str | Path) -> None:
     write_atomically(target, lambda temporary: _save(figure, temporary, kind))
 
 
-def _save(figure: Figure, target: io.StringIO | Path, kind: str) -> None:
+def _save(figure: Figure, target: io.StringIO | Path, kind: str, *, transparent: bool = False) -> None:
     # Without the date, equal histories give equal files.
     metadata = {"Date": None} if kind == "svg" else None
-    cast("Any", figure).savefig(target, format=kind, dpi=150, metadata=metadata)
+    cast("Any", figure).savefig(target, format=kind, dpi=150, metadata=metadata, transparent=transparent)
