@@ -1,0 +1,113 @@
+"""The demo, in small, as a user starts it: with good text, with bad text, and interrupted."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+DEMO = Path(__file__).resolve().parents[1] / "demo.py"
+SMALL = [
+    "--steps",
+    "4",
+    "--batch",
+    "2",
+    "--length",
+    "64",
+    "--width",
+    "64",
+    "--layers",
+    "1",
+    "--vocab-size",
+    "300",
+]
+SENTENCES = [
+    f"The {a} of the {b} [bold]is not[/] markup, and <b>neither</b> is this. " for a in "xyz" for b in "uvw"
+]
+
+
+def start(arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(DEMO), *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HOME": str(folder), "TEXT": "", "OUT": "", **environment},
+    )
+
+
+def run(arguments: list[str], folder: Path, **environment: str) -> tuple[int, str]:
+    process = start(arguments, folder, **environment)
+    out, err = process.communicate(timeout=110)
+    return process.returncode, out + err
+
+
+def text_of(characters: int) -> str:
+    text = "".join(SENTENCES[i % 9] + ("\n" if i % 3 else " ") for i in range(characters // 60))
+    return text[:characters]
+
+
+def test_a_folder_of_text_becomes_a_model_and_a_page(tmp_path: Path):
+    (tmp_path / "texts").mkdir()
+    for number in range(21):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text_of(12_000))
+    (tmp_path / "texts" / "latin.txt").write_bytes("café".encode("latin-1") * 10)
+    code, out = run(SMALL, tmp_path, TEXT="texts", OUT="made")
+    assert code == 0, out
+    assert "1 files are not UTF-8" in out
+    page = (tmp_path / "made/report.html").read_text(encoding="utf-8")
+    assert str(tmp_path / "made/report.html") in out.replace("\n", "")
+    for expected in ("Loss on the held-out files", "Train the model", "<svg", "What it writes"):
+        assert expected in page
+    # The text's own angle brackets are shown, not obeyed.
+    samples = page[page.index("What it writes") : page.index("Timeline")]
+    assert "<b>neither" not in samples.replace("<pre><b>", "")
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {"history.jsonl", "model", "report.html"}
+    losses = [float(match) for match in re.findall(r"held-out loss ([\d.]+)", out)]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] < 6.5
+
+
+def test_a_single_file_is_split_at_its_end(tmp_path: Path):
+    (tmp_path / "one.txt").write_text(text_of(250_000))
+    code, out = run([*SMALL, "--text", "one.txt"], tmp_path)
+    assert code == 0, out
+    assert (tmp_path / "runs/demo/report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.write_text(""), "200,000"),
+        (lambda path: path.write_bytes(os.urandom(300_000)), "200,000"),
+        (lambda path: path.write_text("too little"), "200,000"),
+        (lambda path: path.mkdir(), "200,000"),
+    ],
+    ids=["missing", "empty", "binary", "small", "empty folder"],
+)
+def test_text_that_is_of_no_use_is_refused_at_once(make, message: str, tmp_path: Path):
+    make(tmp_path / "text")
+    code, out = run([*SMALL, "--text", "text"], tmp_path)
+    assert code == 1
+    assert message in out.replace("\n", " ")
+    assert "Traceback" not in out
+
+
+def test_ctrl_c_says_so_and_leaves_no_temporary_files(tmp_path: Path):
+    (tmp_path / "one.txt").write_text(text_of(250_000))
+    process = start([*SMALL[2:], "--steps", "100000", "--text", "one.txt"], tmp_path)
+    while "Train the model" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert "interrupted" in out
+    assert "Traceback" not in out + err
+    assert not [path for path in (tmp_path / "runs").rglob("*") if path.name.startswith(".")]
