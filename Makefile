@@ -95,7 +95,7 @@ lowest: .venv/.synced ## Run the tests with the lowest versions that are allowed
 	rm -rf build/lowest && mkdir -p build/lowest
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t build/lowest
 	cd build/lowest && UV_RESOLUTION=lowest-direct $(abspath $(UV)) lock
-	UV_RESOLUTION=lowest-direct $(MAKE) -C build/lowest test UV=$(abspath $(UV))
+	UV_RESOLUTION=lowest-direct $(MAKE) -C build/lowest test UV=$(abspath $(UV)) ARGS='-W default::DeprecationWarning'
 
 ##@ Measuring, documentation, release
 .PHONY: bench

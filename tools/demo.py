@@ -23,13 +23,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import av_memory
 from rich.console import Console
+from rich.text import Text
 
-HELD_OUT_SHARE = 0.05
-PATTERNS = ("*.py", "*.txt", "*.md", "*.rst")
-# Folders beside the library's own sources, and those that hold tables rather than code.
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
-TABLES = {"encodings", "pydoc_data", "entities.py"}
+ONE_IN = 20
+"""The share of the text that is held out."""
+LEAST_CHARACTERS = 200_000
+ENDINGS = {".py", ".txt", ".md", ".rst"}
+# What lies beside the library's own sources, and files that hold tables rather than code.
+LEFT_OUT = {
+    *("site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"),
+    *("encodings", "pydoc_data", "entities.py"),
+}
 SAMPLE_TOKENS = 120
+PROMPT_CHARACTERS = 40
 
 console = Console(highlight=False)
 
@@ -48,41 +54,52 @@ class Corpus:
 
 
 def read_corpus(path: Path | None) -> Corpus:
-    """Read the files, and keep every twentieth apart, or the end of the text if it is a single file."""
+    """Read the files, and keep some apart: every twentieth, or the end of the text if there are few."""
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
-        files = [file for file in sorted(root.rglob("*.py")) if not (NOT_LIBRARY | TABLES) & set(file.parts)]
+        files = [
+            file for file in sorted(root.rglob("*.py")) if not LEFT_OUT & {*file.relative_to(root).parts}
+        ]
         source = f"the standard library of Python {sys.version_info.major}.{sys.version_info.minor}"
     elif path.is_dir():
-        files = sorted({file for pattern in PATTERNS for file in path.rglob(pattern) if file.is_file()})
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
         source = str(path)
     elif path.is_file():
         files, source = [path], str(path)
     else:
-        raise DemoError(f"{path} does not exist; TEXT is a text file or a folder of them")
+        raise DemoError(f"{path} is no file and no folder; TEXT is a text file or a folder of them")
     texts, unreadable = list[str](), 0
     for file in files:
         try:
-            texts.append(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
             unreadable += 1
+            continue
+        if "\0" in text:
+            unreadable += 1
+        elif text.strip():
+            texts.append(text)
     if unreadable:
-        console.print(f"  {unreadable} files are not UTF-8 text and are left out")
-    texts = [text for text in texts if text.strip() and "\0" not in text]
-    if len(texts) == 1:
-        lines = texts[0].splitlines(keepends=True)
-        cut = int(len(lines) * (1 - HELD_OUT_SHARE))
-        train, held_out = ["".join(lines[:cut])], ["".join(lines[cut:])]
-    else:
-        every = round(1 / HELD_OUT_SHARE)
-        held_out = texts[every - 1 :: every]
-        train = [text for number, text in enumerate(texts, 1) if number % every]
-    if sum(map(len, train)) < 200_000 or not any(text.strip() for text in held_out):
+        say(f"{unreadable} files are not UTF-8 text and are left out")
+    size = sum(map(len, texts))
+    if size < LEAST_CHARACTERS:
         raise DemoError(
-            f"{source} holds {sum(map(len, texts)):,} characters of text in {len(texts)} files "
-            f"({', '.join(PATTERNS)}); the demo needs some 200,000 to learn anything"
+            f"{source} holds {size:,} characters of text in {len(texts)} files "
+            f"({', '.join(sorted(ENDINGS))}); the demo needs at least {LEAST_CHARACTERS:,} to learn anything"
         )
+    if len(texts) >= ONE_IN:
+        held_out = texts[ONE_IN - 1 :: ONE_IN]
+        train = [text for number, text in enumerate(texts, 1) if number % ONE_IN]
+    else:
+        cuts = [len(text) - len(text) // ONE_IN for text in texts]
+        train = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
+        held_out = [text[cut:] for text, cut in zip(texts, cuts, strict=True) if text[cut:].strip()]
     return Corpus(source, train, held_out)
+
+
+def say(message: str, style: str | None = None) -> None:
+    """Print a line of the demo as it is: paths and texts may look like markup."""
+    console.print("  " + message, style=style, markup=False, emoji=False, soft_wrap=True)
 
 
 @contextmanager
@@ -93,7 +110,12 @@ def step(title: str) -> Generator[None]:
     with av_memory.MemoryTracker(title) as tracker:
         yield
     seconds = time.perf_counter() - start
-    console.print(f"  [dim]{seconds:.1f} s, peak {tracker.result.cpu.peak_mb:,.0f} MB[/dim]")
+    say(f"{seconds:.1f} s, peak {tracker.result.cpu.peak_mb:,.0f} MB", style="dim")
+
+
+def printable(text: str) -> str:
+    """The text without characters that a terminal obeys."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def prompts_for(corpus: Corpus) -> list[str]:
@@ -105,9 +127,8 @@ def prompts_for(corpus: Corpus) -> list[str]:
             'if __name__ == "__main__":\n',
         ]
     lines = [line.strip() for text in corpus.held_out for line in text.splitlines()]
-    long_enough = [line for line in lines if len(line.split()) >= 6]
-    chosen = long_enough[:: max(1, len(long_enough) // 3)][:3] or [corpus.held_out[0][:20]]
-    return [" ".join(line.split()[:5]) for line in chosen]
+    long_enough = [line for line in lines if len(line) >= PROMPT_CHARACTERS] or lines
+    return [line[:PROMPT_CHARACTERS] for line in long_enough[:: max(1, len(long_enough) // 3)][:3] if line]
 
 
 def run(arguments: argparse.Namespace) -> Path:
@@ -128,7 +149,7 @@ def run(arguments: argparse.Namespace) -> Path:
         corpus = read_corpus(arguments.text)
         size_mb = sum(len(text.encode()) for text in corpus.train) / 1e6
         facts.append(("Text", f"{corpus.source}: {size_mb:.1f} million bytes in {len(corpus.train)} files"))
-        console.print(f"  {facts[-1][1]}, and {len(corpus.held_out)} held out", soft_wrap=True)
+        say(f"{facts[-1][1]}, and {len(corpus.held_out)} held out")
 
     with step("Train the tokenizer"):
         tokenizer = BPETokenizer()
@@ -142,7 +163,7 @@ def run(arguments: argparse.Namespace) -> Path:
         facts.append(
             ("Tokens", f"{stats['num_tokens']:,} of {tokenizer.vocab_size} kinds, {per_token:.2f} bytes each")
         )
-        console.print(f"  {facts[-1][1]}")
+        say(facts[-1][1])
 
     with step("Train the model"):
         model = TransformerLM(
@@ -164,9 +185,7 @@ def run(arguments: argparse.Namespace) -> Path:
             )
         )
         facts.append(("Model", f"{model.get_num_params():,} parameters, {model.get_model_size_mb():.1f} MB"))
-        console.print(
-            f"  {facts[-1][1]}; {arguments.steps} steps of {arguments.batch} x {arguments.length} tokens"
-        )
+        say(f"{facts[-1][1]}; {arguments.steps} steps of {arguments.batch} x {arguments.length} tokens")
         config = TrainingConfig(
             batch_size=arguments.batch,
             learning_rate=arguments.learning_rate,
@@ -199,17 +218,18 @@ def run(arguments: argparse.Namespace) -> Path:
                 f"(knowing nothing: {math.log(tokenizer.vocab_size):.3f} nats)",
             )
         )
-        console.print(f"  by the loaded model, on the held-out files: {facts[-1][1]}", soft_wrap=True)
+        say(f"by the loaded model, on the held-out files: {facts[-1][1]}")
 
     samples: list[tuple[str, str]] = []
     with step("Let it write"):
         for prompt in prompts_for(corpus):
+            while len(tokenizer.encode(prompt)) > arguments.length // 2:
+                prompt = prompt[: len(prompt) // 2]
             text = again.generate_text(
-                prompt, max_length=SAMPLE_TOKENS, do_sample=True, temperature=0.7, top_k=50
+                prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.7, top_k=50
             )
             samples.append((prompt, text.removeprefix(prompt)))
-            console.print("  " + prompt, style="bold cyan", markup=False, end="")
-            console.print(samples[-1][1], markup=False)
+            console.print(Text(printable(prompt), style="bold cyan"), Text(printable(samples[-1][1])), sep="")
             console.rule(style="dim")
 
     svg = loss_curve_svg(history)
@@ -253,7 +273,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="blocks of the model")
     parser.add_argument("--vocab-size", type=int, default=4096, help="kinds of tokens")
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="highest learning rate")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.width < 64 or arguments.width % 64:
+        parser.error(f"--width is {arguments.width}; it has to be a multiple of 64")
+    for name in ("steps", "batch", "length", "layers"):
+        if getattr(arguments, name) < (2 if name == "length" else 1):
+            parser.error(f"--{name} is {getattr(arguments, name)}; it is too small")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -265,14 +291,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         page = run(arguments)
     except (DemoError, LLMTrainerError, OSError) as error:
-        console.print(f"[bold red]demo:[/] {error}", soft_wrap=True)
+        console.print(f"demo: {error}", style="red", markup=False, emoji=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print(f"demo: interrupted; what is whole is in {arguments.output}, nothing else was left")
+        say(f"demo: interrupted; {arguments.output} holds only whole files, maybe of an earlier run")
         return 130
-    console.print(
-        f"\nDone in {time.perf_counter() - start:.0f} s. Open [bold]{page.resolve()}[/]", soft_wrap=True
-    )
+    say(f"Done in {time.perf_counter() - start:.0f} s. Open {page.resolve()}", style="bold")
     return 0
 
 

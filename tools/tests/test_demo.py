@@ -73,17 +73,43 @@ def test_a_folder_of_text_becomes_a_model_and_a_page(tmp_path: Path):
     assert losses[-1] < losses[0] < 6.5
 
 
-def test_a_single_file_is_split_at_its_end(tmp_path: Path):
-    (tmp_path / "one.txt").write_text(text_of(250_000))
-    code, out = run([*SMALL, "--text", "one.txt"], tmp_path)
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"one[red].txt": text_of(250_000)},
+        {"one line.txt": text_of(250_000).replace("\n", " ")},
+        {"wide.TXT": ("漢字" * 20 + "\n") * 6000},
+        {f"{number}[red].md": text_of(30_000) for number in range(8)},
+    ],
+    ids=["single file", "single line", "wide letters", "few files in a folder"],
+)
+def test_texts_of_all_shapes(texts: dict[str, str], tmp_path: Path):
+    folder = tmp_path / "cl[/]ean :key:"
+    folder.mkdir(parents=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    source = folder if len(texts) > 1 else folder / next(iter(texts))
+    code, out = run([*SMALL, "--text", str(source), "--output", "o[bold]x"], tmp_path)
     assert code == 0, out
-    assert (tmp_path / "runs/demo/report.html").exists()
+    assert str(tmp_path / "o[bold]x/report.html") in out
+    assert str(source) in out
+    assert (tmp_path / "o[bold]x/report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--width", "200"], ["--width", "0"], ["--length", "1"], ["--steps", "0"]]
+)
+def test_wrong_options_are_refused_before_anything_is_done(arguments: list[str], tmp_path: Path):
+    code, out = run(arguments, tmp_path)
+    assert code == 2
+    assert arguments[0] in out
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "does not exist"),
+        (lambda path: None, "no file and no folder"),
         (lambda path: path.write_text(""), "200,000"),
         (lambda path: path.write_bytes(os.urandom(300_000)), "200,000"),
         (lambda path: path.write_text("too little"), "200,000"),
