@@ -291,7 +291,7 @@ class Recorder:
             if self._open:
                 idle_ticks = 0
                 # A reading that fails is left out: a curve with a hole is better than a dead thread.
-                with contextlib.suppress(OSError, RuntimeError):
+                with contextlib.suppress(Exception):
                     self._sample(ticks)
                 continue
             idle_ticks += 1

@@ -415,7 +415,9 @@ def initialised_cuda() -> ModuleType | None:
     """``torch.cuda`` if this process has CUDA in use; nothing is imported or started for it."""
     torch = sys.modules.get("torch")
     cuda = getattr(torch, "cuda", None)
-    return cuda if cuda is not None and cuda.is_initialized() else None
+    # The function is not there yet while another thread imports torch.
+    is_initialised = getattr(cuda, "is_initialized", None)
+    return cuda if is_initialised is not None and is_initialised() else None
 
 
 def gpu_memory() -> dict[int, GpuMemory]:
