@@ -1,6 +1,11 @@
 import dataclasses
+import errno
 import json
 import math
+import os
+import resource
+import shutil
+import stat
 import warnings
 
 import pytest
@@ -301,6 +306,8 @@ def test_damaged_models_are_refused(tmp_path, build):
         content = json.loads(config)
         change(content)
         config_path.write_text(json.dumps(content))
+        # Without the hash of the configuration, which would tell that it was changed.
+        save_file(load_file(weights_path), weights_path)
         return TransformerLM.from_pretrained(tmp_path)
 
     with pytest.raises(FormatError, match=r"version 2.*up to 1; upgrade"):
@@ -311,6 +318,16 @@ def test_damaged_models_are_refused(tmp_path, build):
         load_with(lambda content: content["model"].update(d_model=33))
     with pytest.raises(FormatError, match=r"lacks tensor 'blocks.2"):
         load_with(lambda content: content["model"].update(n_layers=3))
+    with pytest.raises(FormatError, match=r"27 tensors, too few for the 1000000000 layers"):
+        load_with(lambda content: content["model"].update(n_layers=10**9))
+    for positions in ("sinusoidal", "rope"):
+        # Positions are in no tensor, so a length that none could be as long as must take no memory.
+        long = load_with(
+            lambda content, positions=positions: content["model"].update(
+                max_seq_len=2**31 - 1, positions=positions
+            )
+        )
+        assert long.config.max_seq_len == 2**31 - 1
     with pytest.raises(FormatError, match=r"shape \(48, 32\).*calls for floating point of shape \(50, 32\)"):
         load_with(lambda content: content["model"].update(d_ff=50, bias=True))
     config_path.write_text(config)
@@ -325,3 +342,55 @@ def test_damaged_models_are_refused(tmp_path, build):
     weights_path.unlink()
     with pytest.raises(FormatError, match="does not exist"):
         TransformerLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_saved_files_have_the_permissions_of_new_ones(tmp_path, build, umask, mode):
+    before = os.umask(umask)
+    try:
+        build().save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {
+        "config.json": mode,
+        "model.safetensors": mode,
+    }
+
+
+def test_files_of_two_saves_do_not_load(tmp_path, build, monkeypatch):
+    class KilledError(BaseException):
+        pass
+
+    def die(*args, **kwargs):
+        raise KilledError
+
+    old, new = build(n_heads=4), build(n_heads=2, norm_eps=1e-3)
+    old.save_pretrained(tmp_path / "cut")
+    monkeypatch.setattr("llm_trainer.models._model_files.write_json", die)
+    with pytest.raises(KilledError):
+        new.save_pretrained(tmp_path / "cut")
+    monkeypatch.undo()
+    with pytest.raises(FormatError, match=r"cut short.*Take both files from one save"):
+        TransformerLM.from_pretrained(tmp_path / "cut")
+    new.save_pretrained(tmp_path / "cut")
+    assert TransformerLM.from_pretrained(tmp_path / "cut").config == new.config
+    old.save_pretrained(tmp_path / "old")
+    shutil.copy(tmp_path / "old" / "config.json", tmp_path / "cut")
+    with pytest.raises(FormatError, match="mixed"):
+        TransformerLM.from_pretrained(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(("free", "number"), [(10, errno.ENOSPC), (1 << 40, errno.EIO)])
+def test_weights_that_cannot_be_written_are_an_os_error(tmp_path, build, monkeypatch, free, number):
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written") as caught:
+            build().save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert caught.value.errno == number
+    assert caught.value.filename == str(tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from llm_trainer.config import ModelConfig, TrainingConfig
 from llm_trainer.data import LanguageModelingDataset, create_dataloader
 from llm_trainer.exceptions import FormatError, TrainingError
 from llm_trainer.models import TransformerLM
+from llm_trainer.tokenizer import BPETokenizer
 from llm_trainer.training import (
     Callback,
     HistoryRecord,
@@ -301,6 +302,27 @@ def test_saved_model_and_tokenizer_come_back(make_trainer, dataset, tmp_path):
     assert loaded.evaluate() == trainer.evaluate()
     assert loaded.generate_text("def") == trainer.generate_text("def")
     assert loaded.generate_text("def").startswith("def")
+
+
+def test_a_model_does_not_load_with_the_tokenizer_of_another_save(make_trainer, corpus, tmp_path):
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    trainer = make_trainer()
+    trainer.save_model(tmp_path / "model")
+    other = BPETokenizer()
+    other.train([text.swapcase()[::-1] for text in corpus], trainer.tokenizer.vocab_size)
+    trainer.tokenizer = other
+    trainer.model.save_pretrained = die
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_model(tmp_path / "model")
+    with pytest.raises(FormatError, match=r"another tokenizer.*cut short"):
+        Trainer.from_pretrained(tmp_path / "model", device="cpu")
+    # A model that was saved alone has no tokenizer of its own.
+    del trainer.model.save_pretrained
+    trainer.model.save_pretrained(tmp_path / "alone")
+    loaded = Trainer.from_pretrained(tmp_path / "alone", tmp_path / "model", device="cpu")
+    assert loaded.tokenizer.vocab == other.vocab
 
 
 def test_float16_becomes_bfloat16_on_a_cpu_and_says_so_once(make_trainer, caplog, monkeypatch):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import reprlib
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -13,12 +16,18 @@ from llm_trainer.exceptions import FormatError
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary path beside `path`, sync what it wrote, and rename it to `path`."""
+    """Call `write` with a temporary path beside `path`, sync what it wrote, and rename it to `path`.
+
+    The file gets the permissions that the umask gives a new one, also when `write` replaces the temporary
+    by a private file of its own, as safetensors does.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         write(temporary)
+        temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -31,6 +40,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def shown(value: object) -> str:
+    """Return `repr` of a value that was read, cut where it is long."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        # Python refuses to write out integers of more than 4300 digits.
+        return f"a {type(value).__name__} of too many digits"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,13 +75,19 @@ def read_json_object(path: Path) -> dict[str, Any]:
         value: object = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(f"{path} does not exist.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(
             f"{path} is not valid JSON: {error}. It may be damaged; restore or save it again."
         ) from error
     if not isinstance(value, dict):
         raise FormatError(f"{path} must hold a JSON object, but holds a {type(value).__name__}.")
     return cast("dict[str, Any]", value)
+
+
+def json_sha256(value: Any) -> str:
+    """Return the SHA-256 of `value` as JSON, whatever its spacing and the order of its keys."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
 def check_version(path: Path, found: object, newest: int) -> None:
@@ -74,7 +98,7 @@ def check_version(path: Path, found: object, newest: int) -> None:
     """
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise FormatError(
-            f"{path} has no valid format version (found {found!r}); it was not written by llm-trainer."
+            f"{path} has no valid format version (found {shown(found)}); it was not written by llm-trainer."
         )
     if found > newest:
         raise FormatError(

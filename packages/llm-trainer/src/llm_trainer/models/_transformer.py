@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from llm_trainer.config import ModelConfig
+from llm_trainer.exceptions import FormatError
 from llm_trainer.models import _model_files
 from llm_trainer.models._attention import allowed_pairs
 from llm_trainer.models._blocks import Block, build_block, build_norm, initialise_block_
@@ -67,9 +68,9 @@ class TransformerLM(nn.Module):
             case "sinusoidal":
                 # The square root of two gives the sines the spread of the embedding.
                 scale = _EMBEDDING_STD * 2**0.5
-                self.position_embedding = SinusoidalPositions(config.max_seq_len, config.d_model, scale)
+                self.position_embedding = SinusoidalPositions(config.d_model, scale)
             case _:
-                self.rope = Rope(config.max_seq_len, config.d_head, config.rope_theta)
+                self.rope = Rope(config.d_head, config.rope_theta)
         self.blocks = nn.ModuleList(build_block(config) for _ in range(config.n_layers))
         self.final_norm = build_norm(config) if config.pre_norm else None
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -163,7 +164,7 @@ class TransformerLM(nn.Module):
             mask = (columns <= positions[:, None])[None, None]
         x_BTD = self.embedding(input_ids)
         if self.position_embedding is not None:
-            x_BTD = x_BTD + self.position_embedding(positions)
+            x_BTD = x_BTD + self.position_embedding(positions).to(x_BTD.dtype)
         rope = self.rope(positions, x_BTD.dtype) if self.rope is not None else None
         if self.config.dropout:
             x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
@@ -269,11 +270,21 @@ class TransformerLM(nn.Module):
         """Return the size of the parameters in MB (2**20 bytes)."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters()) / 2**20
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, *, tokenizer_fingerprint: str | None = None
+    ) -> None:
         """Write `model.safetensors` and `config.json`, each under a temporary name first; tied weights
         once.
+
+        Args:
+            save_directory: Folder, made if it is missing.
+            tokenizer_fingerprint: `BPETokenizer.fingerprint()` of the tokenizer that the model is to be used
+                with; `Trainer.from_pretrained` then refuses another one.
+
+        Raises:
+            OSError: A file cannot be written; the model that was there before is still whole.
         """
-        _model_files.write_model(Path(save_directory), self.config, self.state_dict())
+        _model_files.write_model(Path(save_directory), self.config, self.state_dict(), tokenizer_fingerprint)
 
     @classmethod
     def from_pretrained(cls, load_directory: str | Path, device: str | torch.device = "cpu") -> Self:
@@ -283,8 +294,13 @@ class TransformerLM(nn.Module):
             FormatError: A file is missing, damaged, newer than this release, or of another model.
         """
         config, state = _model_files.read_model(Path(load_directory))
-        with torch.device("meta"):
-            expected = cls(config).state_dict()
+        try:
+            with torch.device("meta"):
+                expected = cls(config).state_dict()
+        except (RuntimeError, OverflowError) as error:
+            raise FormatError(
+                f"{load_directory}: config.json asks for an impossible size: {error}"
+            ) from error
         _model_files.check_state(Path(load_directory), expected, state)
         model = cls(config)
         model.load_state_dict(_model_files.untied(state, config), strict=True)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import rustbpe  # pyright: ignore[reportMissingTypeStubs] - it ships none
 import tiktoken
 
+from llm_trainer._files import json_sha256
 from llm_trainer.exceptions import TokenizerError, TokenizerNotTrainedException
 from llm_trainer.tokenizer._hf_files import read_files, token_strings, write_files
 
@@ -187,6 +188,10 @@ class BPETokenizer:
             "mean_merged_token_bytes": float(lengths.mean()) if lengths.size else 0.0,
             "longest_token_bytes": int(lengths.max()) if lengths.size else 1,
         }
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the vocabulary: tokenizers that encode alike have the same."""
+        return json_sha256(self.vocab)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.PreTrainedTokenizerFast`

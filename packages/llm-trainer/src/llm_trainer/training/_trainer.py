@@ -16,6 +16,7 @@ from llm_trainer.config import TrainingConfig
 from llm_trainer.data import create_dataloader
 from llm_trainer.exceptions import TrainingError
 from llm_trainer.models import TransformerLM
+from llm_trainer.models._model_files import check_tokenizer
 from llm_trainer.tokenizer import BPETokenizer
 from llm_trainer.training._history import TrainingHistory
 from llm_trainer.training._interrupt import InterruptGuard
@@ -167,9 +168,13 @@ class Trainer:
         )
 
     def save_model(self, save_path: str | Path) -> None:
-        """Write the model and the tokenizer into one folder, from which `from_pretrained` reads both."""
-        self.model.save_pretrained(save_path)
+        """Write the tokenizer and the model into one folder, from which `from_pretrained` reads both.
+
+        The files carry one another's hashes, so a folder in which a crash left files of two saves does not
+        load.
+        """
         self.tokenizer.save_pretrained(save_path)
+        self.model.save_pretrained(save_path, tokenizer_fingerprint=self.tokenizer.fingerprint())
 
     @classmethod
     def from_pretrained(
@@ -188,14 +193,12 @@ class Trainer:
             **kwargs: Further parameters of `Trainer`, such as `eval_dataset`.
 
         Raises:
-            FormatError: A file is missing, damaged, or newer than this release.
+            FormatError: A file is missing, damaged, or newer than this release, or the model was saved with
+                another tokenizer.
         """
-        return cls(
-            TransformerLM.from_pretrained(model_path),
-            BPETokenizer.from_pretrained(tokenizer_path if tokenizer_path is not None else model_path),
-            config or TrainingConfig(),
-            **kwargs,
-        )
+        tokenizer = BPETokenizer.from_pretrained(tokenizer_path if tokenizer_path is not None else model_path)
+        check_tokenizer(Path(model_path), tokenizer.fingerprint())
+        return cls(TransformerLM.from_pretrained(model_path), tokenizer, config or TrainingConfig(), **kwargs)
 
     def _loader(self, dataset: Rows, *, train: bool) -> DataLoader[dict[str, Tensor]]:
         return create_dataloader(
