@@ -113,6 +113,13 @@ def test_impossible_models_are_refused(fields, message):
         ({"world_size": 2}, "only world_size=1"),
         ({"local_rank": 1}, "only world_size=1"),
         ({"warmup_ratio": 1.5}, "at most 1"),
+        ({"world_size": 1.0}, "world_size is 1.0; it must be an integer"),
+        ({"local_rank": False}, "local_rank is False; it must be an integer"),
+        ({"output_dir": True}, "a path or None"),
+        ({"seed": 2**64}, f"at most {2**64 - 1}"),
+        ({"learning_rate": 10**400}, "above 0"),
+        ({"betas": [10**400, 0.9]}, "two numbers"),
+        ({"eval_strategy": True}, '"no"'),
     ],
 )
 def test_impossible_training_is_refused(fields, message):
@@ -135,6 +142,61 @@ def test_impossible_data_is_refused():
 )  # fmt: skip
 def test_the_smaller_bound_is_the_warm_up(steps, ratio, total, expected):
     assert TrainingConfig(warmup_steps=steps, warmup_ratio=ratio).resolve_warmup_steps(total) == expected
+
+
+def test_an_unknown_attribute_names_the_nearest():
+    config = TrainingConfig()
+    with pytest.raises(ConfigurationError, match="'learning_rat'; did you mean 'learning_rate'"):
+        config.learning_rat = 5
+    config.learning_rate = 5.0
+    assert config.learning_rate == 5.0
+    with pytest.raises(ModelConfigurationError, match="'layers'; did you mean 'n_layers'"):
+        ModelConfig().layers = 3
+
+
+def test_a_bare_no_in_yaml_is_the_word(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("eval_strategy: no\n")
+    assert TrainingConfig.load(path).eval_strategy == "no"
+
+
+def test_hostile_yaml_is_refused_at_once(tmp_path):
+    path = tmp_path / "config.yaml"
+    # Lists of nine times the list before, 9**12 words when written out.
+    layers = ["- &a0 [lol,lol]", *(f"- &a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 13))]
+    bomb = "\n".join(f"  {line}" for line in layers)
+    for content in (
+        f"batch_size:\n{bomb}\n",
+        f"betas:\n{bomb}\n",
+        f"output_dir:\n{bomb}\n",
+        f"optimizer:\n{bomb}\n",
+        f"0x{'f' * 20000}: 1\n",
+        f"batch_size: 0x{'f' * 20000}\n",
+        f"batch_size: {'9' * 5000}\n",
+        "batch_size: " + "[" * 5000,
+        "batch_size: 2026-99-99\n",
+    ):
+        path.write_text(content)
+        with pytest.raises(ConfigurationError) as caught:
+            TrainingConfig.load(path)
+        assert len(str(caught.value)) < 2000
+    path.write_text(f"file_patterns:\n{bomb}\n")
+    with pytest.raises(ConfigurationError, match="file_patterns"):
+        DataConfig.load(path)
+
+
+@pytest.mark.parametrize("content", ['{"d_ff": ' + "9" * 5000 + "}", "[" * 100_000], ids=["digits", "depth"])
+def test_hostile_json_is_refused(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(FormatError, match="not valid JSON"):
+        ModelConfig.load(path)
+
+
+@pytest.mark.parametrize("size", [10**30, 2**62])
+def test_sizes_beyond_all_memory_are_refused(size):
+    with pytest.raises(ModelConfigurationError, match="at most 2147483647"):
+        ModelConfig(d_ff=size)
 
 
 def test_files_that_hold_something_else(tmp_path):

@@ -1,7 +1,11 @@
+import io
+import json
 import logging
 import math
 import os
+import shutil
 import signal
+import threading
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -22,7 +26,7 @@ from llm_trainer.training import (
 )
 from llm_trainer.training._precision import Precision
 from llm_trainer.training._step import take_step
-from llm_trainer.utils.metrics import bits_per_byte, compute_perplexity
+from llm_trainer.utils.metrics import bits_per_byte, compute_perplexity, perplexity_of
 
 
 @pytest.fixture
@@ -203,9 +207,6 @@ def test_too_many_bad_steps_in_a_row_are_an_error(make_trainer, tmp_path):
 
 @pytest.mark.parametrize("moment", ["step", "evaluation"])
 def test_interrupt_ends_after_the_step_in_hand(make_trainer, dataset, tmp_path, moment, monkeypatch):
-    def press(*_):
-        os.kill(os.getpid(), signal.SIGINT)
-
     before = signal.getsignal(signal.SIGINT)
     trainer = make_trainer(
         max_steps=50, evaluation=dataset, eval_steps=3, output_dir=tmp_path, logging_steps=1
@@ -232,6 +233,135 @@ def test_a_callback_can_stop(make_trainer):
         max_steps=50, callbacks=[At(4, lambda trainer: setattr(trainer, "should_stop", True))]
     )
     assert trainer.train().records[-1].step == 4
+
+
+def test_a_stopped_run_ends_with_an_evaluation(make_trainer, dataset):
+    def stop(trainer):
+        trainer.should_stop = True
+
+    for strategy, expected in (("steps", [4]), ("epoch", [4]), ("no", [])):
+        trainer = make_trainer(
+            max_steps=50, evaluation=dataset, eval_strategy=strategy, batch_size=1, callbacks=[At(4, stop)]
+        )
+        assert [step for step, _ in trainer.train().eval_losses] == expected
+
+
+def press(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_is_heard_when_a_callback_evaluates(make_trainer, dataset):
+    def evaluate(trainer):
+        trainer.evaluate()
+        press()
+        trainer.evaluate()
+
+    trainer = make_trainer(evaluation=dataset, max_steps=50, callbacks=[At(2, evaluate)])
+    with pytest.raises(KeyboardInterrupt, match="after step 2 of 50"):
+        trainer.train()
+
+
+def test_an_ignored_ctrl_c_stays_ignored(make_trainer):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert make_trainer(callbacks=[At(2, press)]).train().records[-1].step == 6
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_early_failure_leaves_the_terminal_alone(make_trainer, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", terminal := io.StringIO())
+    threads = threading.active_count()
+    trainer = make_trainer()
+    trainer._show_progress = True
+    trainer.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to optimise"):
+        trainer.train()
+    assert threading.active_count() == threads
+    assert terminal.getvalue() == ""
+    trainer.model.requires_grad_(True)
+    trainer.train()
+    shown = terminal.getvalue()
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1
+
+
+def test_an_output_folder_that_cannot_be_written_to_is_found_first(make_trainer, tmp_path):
+    (tmp_path / "file").touch()
+    trainer = make_trainer(output_dir=tmp_path / "file" / "run")
+    with pytest.raises(OSError, match="file"):
+        trainer.train()
+    assert trainer.step == 0
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_disk_that_fails_later_does_not_end_training(make_trainer, dataset, tmp_path, caplog, interrupted):
+    def fail(trainer):
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").touch()
+
+    trainer = make_trainer(
+        output_dir=tmp_path / "run", evaluation=dataset, eval_steps=3, callbacks=[At(2, fail)]
+    )
+    if interrupted:
+        trainer.callbacks.append(At(4, press))
+    with pytest.raises(KeyboardInterrupt if interrupted else OSError):
+        trainer.train()
+    assert trainer.step == (4 if interrupted else 6)
+    assert "history cannot be written" in caplog.text
+
+
+def test_evaluating_changes_no_weight(make_trainer, dataset):
+    results = []
+    for settings in ({"eval_strategy": "no"}, {"eval_steps": 1}):
+        trainer = make_trainer(dropout=0.2, evaluation=dataset, **settings)
+        trainer.train()
+        results.append(weights(trainer))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_evaluation_leaves_each_module_its_mode(make_trainer, dataset):
+    trainer = make_trainer(evaluation=dataset)
+    trainer.model.train()
+    trainer.model.embedding.eval()
+    trainer.evaluate()
+    trainer.model.generate(torch.zeros(1, 1, dtype=torch.long), 4)
+    assert trainer.model.training
+    assert not trainer.model.embedding.training
+    assert trainer.model.blocks[0].training
+
+
+@pytest.mark.parametrize("what", ["labels", "all"])
+def test_steps_without_a_label_change_nothing(make_trainer, dataset, what):
+    row = dict(dataset[0])
+    row["labels"] = torch.full_like(row["labels"], -100)
+    if what == "all":
+        row["attention_mask"] = torch.zeros_like(row["attention_mask"])
+    before = weights(make_trainer())
+    trainer = make_trainer(train=[row] * 4, weight_decay=0.5, logging_steps=1, lr_scheduler="linear")
+    history = trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
+    assert [record.lr for record in history] == [0.01] * 6
+    assert {(record.train_loss, record.grad_norm, record.skipped_steps) for record in history} == {
+        (None, None, 0)
+    }
+
+
+def test_a_history_holds_no_number_that_json_lacks(make_trainer, dataset, tmp_path):
+    trainer = make_trainer(evaluation=dataset, output_dir=tmp_path, callbacks=[At(5, poison)])
+    history = trainer.train()
+    assert math.isnan(history.eval_losses[-1][1])
+    assert math.isnan(trainer.evaluate()["perplexity"])
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1], parse_constant=refuse)["eval_loss"] is None
+    assert perplexity_of(710) == math.inf
+    assert perplexity_of(2.0) == pytest.approx(math.exp(2))
 
 
 def test_callbacks_are_called_in_order(make_trainer, dataset):
@@ -404,6 +534,8 @@ def test_loss_curves(tmp_path):
 def test_what_is_missing_is_said_before_the_work(make_trainer, tokenizer):
     with pytest.raises(TrainingError, match="give train_dataset"):
         make_trainer(train=None).train()
+    with pytest.raises(TrainingError, match="has no rows"):
+        make_trainer(train=[]).train()
     with pytest.raises(TrainingError, match="give eval_dataset"):
         make_trainer().evaluate()
     small = TransformerLM(ModelConfig(vocab_size=300, d_model=32, n_heads=2, n_layers=1, d_ff=32))

@@ -14,6 +14,10 @@ from typing import Any, cast
 
 from llm_trainer.exceptions import FormatError
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxstring = 120
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary path beside `path`, sync what it wrote, and rename it to `path`.
@@ -45,7 +49,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def shown(value: object) -> str:
     """Return `repr` of a value that was read, cut where it is long."""
     try:
-        return reprlib.repr(value)
+        return _SHORT.repr(value)
     except ValueError:
         # Python refuses to write out integers of more than 4300 digits.
         return f"a {type(value).__name__} of too many digits"

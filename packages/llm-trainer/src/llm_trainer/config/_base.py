@@ -6,13 +6,15 @@ import dataclasses
 import difflib
 import json
 import math
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import yaml
 
-from llm_trainer._files import read_json_object, write_json, write_text
+from llm_trainer._files import read_json_object, shown, write_json, write_text
 from llm_trainer.exceptions import ConfigurationError
 
 
@@ -24,6 +26,12 @@ class Config:
 
     def __post_init__(self) -> None:
         self.validate()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = [field.name for field in dataclasses.fields(self)]
+        if name not in known:
+            raise self.error(f"{type(self).__name__} has no field {name!r}; {_hint(name, known)}")
+        super().__setattr__(name, value)
 
     def validate(self) -> None:
         """Check every field.
@@ -51,9 +59,7 @@ class Config:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in config_dict:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}."
-                raise cls.error(f"{cls.__name__} has no field {key!r}; {hint}")
+                raise cls.error(f"{cls.__name__} has no field {shown(key)}; {_hint(key, known)}")
         return cls(**config_dict)
 
     def save(self, path: str | Path) -> None:
@@ -80,7 +86,8 @@ class Config:
             content: object = yaml.safe_load(source.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise cls.error(f"{source} does not exist.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+            # PyYAML lets through what Python says of an impossible date, number or depth.
             raise cls.error(f"{source} is not valid YAML: {error}") from error
         if not isinstance(content, dict):
             raise cls.error(f"{source} must hold a mapping of fields, but holds a {type(content).__name__}.")
@@ -94,12 +101,13 @@ class Config:
             return False
         raise cls.error(f"{path} must end in .json, .yaml or .yml to say its format.")
 
-    def _check_int(self, name: str, *, least: int, optional: bool = False) -> None:
+    def _check_int(self, name: str, *, least: int, most: int = 2**31 - 1, optional: bool = False) -> None:
         value = getattr(self, name)
         if optional and value is None:
             return
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            self._refuse(name, f"an integer of at least {least}{' or None' if optional else ''}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            high = f" and at most {most}" if isinstance(value, int) and value > most else ""
+            self._refuse(name, f"an integer of at least {least}{high}{' or None' if optional else ''}")
 
     def _check_float(
         self,
@@ -126,7 +134,7 @@ class Config:
         inside = (
             isinstance(value, int | float)
             and not isinstance(value, bool)
-            and math.isfinite(value)
+            and abs(value) <= sys.float_info.max
             and (value > least if open_low else value >= least)
             and (value < most if open_high else value <= most)
         )
@@ -144,5 +152,21 @@ class Config:
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, "True or False")
 
+    def _check_paths(self, *names: str) -> None:
+        """Check paths, which become text, or None."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str | os.PathLike):
+                self._refuse(name, "a path or None")
+            if value is not None:
+                setattr(self, name, os.fspath(cast("str", value)))
+
     def _refuse(self, name: str, allowed: str) -> None:
-        raise self.error(f"{type(self).__name__}.{name} is {getattr(self, name)!r}; it must be {allowed}.")
+        raise self.error(
+            f"{type(self).__name__}.{name} is {shown(getattr(self, name))}; it must be {allowed}."
+        )
+
+
+def _hint(name: object, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name)[:100], known, n=1, cutoff=0.5) if isinstance(name, str) else []
+    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -39,11 +39,14 @@ class DataConfig(Config):
         self._check_int("min_length", least=0)
         self._check_int("vocab_size", least=259)
         self._check_flags("pack_sequences")
-        for name in ("train_file", "validation_file"):
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, str(value))
+        self._check_paths("train_file", "validation_file")
         patterns: object = self.file_patterns
-        if isinstance(patterns, str) or not isinstance(patterns, Iterable) or not patterns:
-            self._refuse("file_patterns", 'a list of file name patterns, such as ["*.txt", "*.md"]')
-        self.file_patterns = tuple(str(pattern) for pattern in cast("Iterable[object]", patterns))
+        if not isinstance(patterns, list | tuple) or not patterns:
+            self._refuse_patterns()
+        for pattern in cast("Sequence[object]", patterns):
+            if not isinstance(pattern, str):
+                self._refuse_patterns()
+        self.file_patterns = tuple(self.file_patterns)
+
+    def _refuse_patterns(self) -> None:
+        self._refuse("file_patterns", 'a list of file name patterns, such as ["*.txt", "*.md"]')

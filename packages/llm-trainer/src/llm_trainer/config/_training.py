@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from llm_trainer.config._base import Config
 from llm_trainer.exceptions import ConfigurationError
@@ -22,7 +23,8 @@ class TrainingConfig(Config):
     learning_rate: float = 1e-4
     """Highest learning rate, reached at the end of the warm-up."""
     weight_decay: float = 0.01
-    """Decay of the weight matrices; vectors (norms, biases) are never decayed."""
+    """Decay of the weight matrices; vectors (norms, biases) are never decayed. With `adam` and `sgd` it is an
+    L2 penalty: it is added to the gradient."""
     num_epochs: int = 10
     """Passes over the training data; not read when `max_steps` is given."""
     max_steps: int | None = None
@@ -37,7 +39,7 @@ class TrainingConfig(Config):
     min_lr_ratio: float = 0.1
     """Last learning rate of the decaying schedules, as a share of `learning_rate`."""
     optimizer: str = "adamw"
-    """`adamw`, `adam` (which has no decay: `weight_decay` must be 0) or `sgd` (with momentum 0.9)."""
+    """`adamw` (decay beside the gradient), `adam` or `sgd` (with momentum 0.9)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's two averages."""
     eps: float = 1e-8
@@ -53,7 +55,8 @@ class TrainingConfig(Config):
     eval_steps: int = 500
     """Steps from one evaluation to the next with `eval_strategy="steps"`."""
     eval_strategy: str = "steps"
-    """`steps`, `epoch` or `no`. A run with evaluation data always ends with an evaluation, unless `no`."""
+    """`steps`, `epoch` or `no`. A run with evaluation data ends with an evaluation, also when a callback
+    stops it, unless this is `no` or Ctrl-C ends it."""
     logging_steps: int = 100
     """Steps from one line of progress and record of the history to the next."""
     world_size: int = 1
@@ -87,20 +90,24 @@ class TrainingConfig(Config):
         self._check_int("max_steps", least=1, optional=True)
         self._check_int("warmup_steps", least=0, optional=True)
         self._check_int("dataloader_num_workers", least=0)
-        self._check_int("seed", least=0)
+        self._check_int("seed", least=0, most=2**64 - 1)
+        self._check_int("world_size", least=1)
+        self._check_int("local_rank", least=-1)
         for name in ("learning_rate", "eps"):
             self._check_float(name, open_low=True)
         self._check_float("weight_decay")
         self._check_float("warmup_ratio", most=1.0, optional=True)
         self._check_float("min_lr_ratio", most=1.0)
         self._check_float("max_grad_norm", open_low=True, optional=True)
+        # YAML reads a bare `no` as False.
+        if cast("object", self.eval_strategy) is False:
+            self.eval_strategy = "no"
         self._check_choice("lr_scheduler", SCHEDULERS)
         self._check_choice("optimizer", OPTIMIZERS)
         self._check_choice("amp_dtype", AMP_DTYPES)
         self._check_choice("eval_strategy", EVAL_STRATEGIES)
         self._check_flags("use_amp")
-        if self.output_dir is not None:
-            self.output_dir = str(self.output_dir)
+        self._check_paths("output_dir")
         self._check_betas()
         if self.world_size != 1 or self.local_rank not in {-1, 0}:
             raise ConfigurationError(
@@ -112,7 +119,7 @@ class TrainingConfig(Config):
     def _check_betas(self) -> None:
         try:
             first, second = (float(beta) for beta in self.betas)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             first = second = -1.0
         if not (0 <= first < 1 and 0 <= second < 1):
             self._refuse("betas", "two numbers of at least 0 and below 1")

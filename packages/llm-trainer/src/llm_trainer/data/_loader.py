@@ -55,5 +55,11 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
     mask = batch.get("attention_mask")
     if mask is None:
         return batch
-    used = max(2, int(mask.ne(0).any(dim=0).nonzero()[-1]) + 1)
-    return {name: value[:, :used] for name, value in batch.items()}
+    # The first column counts as used, lest rows of padding alone have none; the least that predicts is two.
+    columns = mask.ne(0).any(dim=0)
+    columns[0] = True
+    used = max(2, int(columns.nonzero()[-1]) + 1)
+    return {
+        name: value[:, :used] if getattr(value, "shape", ())[:2] == mask.shape else value
+        for name, value in batch.items()
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from llm_trainer.exceptions import DataError
 
@@ -14,13 +14,20 @@ def read_texts(path: str | Path, patterns: Sequence[str] = ("*.txt",)) -> Iterat
     Args:
         path: A file, read whatever its name, or a folder, searched at any depth.
         patterns: Names of the files wanted from a folder; files that are empty or only white space are left
-            out there.
+            out there. A pattern cannot lead out of the folder.
 
     Raises:
-        DataError: `path` is missing, holds no text, or a file is not UTF-8 text. A missing path is found at
-            the call, the others when the file's turn comes.
+        DataError: `path` is missing, holds no text, or a file is not UTF-8 text, or a pattern is absolute,
+            empty or has "..". A missing path and such a pattern are found at the call, the others when the
+            file's turn comes.
     """
     source = Path(path)
+    if isinstance(patterns, str):
+        raise DataError(f"patterns is one string; give a list, such as [{patterns!r}].")
+    for pattern in patterns:
+        parts = PurePath(pattern)
+        if not parts.parts or parts.anchor or ".." in parts.parts:
+            raise DataError(f"The pattern {pattern!r} is not a file name inside the folder, such as '*.txt'.")
     if source.is_file():
         return _read_one(source)
     if source.is_dir():

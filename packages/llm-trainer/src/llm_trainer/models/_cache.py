@@ -18,8 +18,17 @@ class LayerCache:
         self.length = 0
 
     def append(self, keys_BKTC: Tensor, values_BKTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values and return views of all so far."""
+        """Store new keys and values and return views of all so far.
+
+        Raises:
+            ValueError: There is no room for them.
+        """
         start, end = self.length, self.length + keys_BKTC.size(2)
+        if end > self._keys.size(2):
+            raise ValueError(
+                f"The cache has room for {self._keys.size(2)} tokens, but {end} are to be in it; "
+                f"make a larger one with new_cache."
+            )
         self._keys[:, :, start:end] = keys_BKTC
         self._values[:, :, start:end] = values_BKTC
         self.length = end

@@ -20,7 +20,8 @@ _linalg = cast("Any", torch.linalg)
 class _UnitRms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        norm: Tensor = _linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm: Tensor = _linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
         scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_().to(x.dtype)
         y = x * scale
         ctx.save_for_backward(y, scale)

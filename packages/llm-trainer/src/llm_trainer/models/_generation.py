@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,9 @@ from llm_trainer.exceptions import GenerationError
 
 if TYPE_CHECKING:
     from llm_trainer.models._transformer import TransformerLM
+
+
+_LEAST_TEMPERATURE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,14 +36,19 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         if self.num_beams != 1:
             raise GenerationError(f"num_beams is {self.num_beams}; only 1 (no beam search) is supported.")
-        if self.temperature < 0:
-            raise GenerationError(f"temperature is {self.temperature}; it must be at least 0.")
+        if not (self.temperature == 0 or _LEAST_TEMPERATURE <= self.temperature < math.inf):
+            raise GenerationError(
+                f"temperature is {self.temperature}; it must be 0, which is greedy, or at least "
+                f"{_LEAST_TEMPERATURE:g}, below which logits divided by it overflow."
+            )
         if self.top_k is not None and self.top_k < 1:
             raise GenerationError(f"top_k is {self.top_k}; it must be at least 1, or None.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise GenerationError(f"top_p is {self.top_p}; it must be above 0 and at most 1, or None.")
-        if self.repetition_penalty <= 0:
-            raise GenerationError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise GenerationError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0 and finite."
+            )
 
     @property
     def samples(self) -> bool:
@@ -108,6 +117,9 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Set all to minus infinity but the fewest largest logits whose probabilities sum to at least p."""
+    if p >= 1:
+        # Sums of probabilities round, and would drop some of the least likely.
+        return logits
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
     # A token goes when those before it reach p already; the first has none before it.

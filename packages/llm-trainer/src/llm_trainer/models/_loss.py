@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 _CHUNK_LOGITS = 1 << 20
@@ -28,10 +29,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cap: float | None, dtype: torch.dtype
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        cap: float | None,
+        dtype: torch.dtype,
+        gradients: bool,
     ) -> Tensor:
         x, weight = x_ND.to(dtype), weight_VD.to(dtype)
-        needs_x, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        # needs_input_grad only tells of the inputs; whether gradients are wanted at all, the caller must.
+        needs_x, needs_weight = (gradients and needed for needed in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if needs_x else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -61,13 +69,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_x, grad_weight = cast("tuple[Tensor | None, Tensor | None]", ctx.saved_tensors)
         scale = grad_outputs[0]
         x_dtype, weight_dtype = ctx.dtypes
         return (
             None if grad_x is None else (grad_x * scale).to(x_dtype),
             None if grad_weight is None else (grad_weight * scale).to(weight_dtype),
+            None,
             None,
             None,
             None,
@@ -79,13 +89,20 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the mean of -log softmax(cap(x W'))[target] over the targets that are not -100; 0 if all are.
 
-    Memory beyond the inputs and gradients is about 4 MB whatever the vocabulary, at the price of computing
-    the gradients in the forward pass. Under autocast the products run in its dtype.
+    The logits of a million (token, class) pairs, or of one token, are held at a time; a few copies of them
+    in float32 (some 20 MB) are all that depends on the chunk. The gradients are computed in the forward pass
+    and kept until the backward: that of the weight in float32, V x D, with as much again while a chunk is
+    added to it. In half precision there are copies of the input and the weight too. Where torch computes no
+    gradients (`torch.no_grad`), there are none of these. Under autocast the products run in its dtype.
+    A second derivative raises `RuntimeError`.
     """
     device = x_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
     with torch.autocast(device, enabled=False):
-        total = cast("Tensor", _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, cap, dtype))
+        total = cast(
+            "Tensor",
+            _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, cap, dtype, torch.is_grad_enabled()),
+        )
     return total / (targets_N != IGNORE_INDEX).sum().clamp(min=1)
 
 

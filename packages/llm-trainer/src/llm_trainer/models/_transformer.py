@@ -18,6 +18,7 @@ from llm_trainer.models import _model_files
 from llm_trainer.models._attention import allowed_pairs
 from llm_trainer.models._blocks import Block, build_block, build_norm, initialise_block_
 from llm_trainer.models._cache import KVCache
+from llm_trainer.models._evaluation_mode import evaluation_mode
 from llm_trainer.models._generation import GenerationSettings, generate_tokens
 from llm_trainer.models._loss import linear_cross_entropy, next_token_targets, soft_cap
 from llm_trainer.models._positions import Rope, SinusoidalPositions
@@ -104,7 +105,7 @@ class TransformerLM(nn.Module):
         Args:
             input_ids: (B, T) token ids.
             attention_mask: (B, T) integers. 0 is padding. Other numbers tell documents apart: a token sees
-                only tokens of its own number, and positions count from the number's first token, so packed
+                only tokens of its own number, and its position is how many of them stand before it, so packed
                 documents do not see one another. An ordinary mask of ones and zeros is a special case.
             labels: (B, T) ids, usually `input_ids` itself: label t is compared with the prediction at t - 1,
                 so the shift is done here. -100 is not counted.
@@ -113,8 +114,11 @@ class TransformerLM(nn.Module):
                 labels.
 
         Raises:
-            ValueError: Shapes do not fit, or the sequence is longer than `max_seq_len`.
+            ValueError: Shapes do not fit, the sequence is longer than `max_seq_len` or has no room in the
+                cache, or a cache comes with labels, a mask, or gradient checkpointing in training.
         """
+        if cache is not None and labels is not None:
+            raise ValueError("labels and cache cannot be used together: the first token would have no loss.")
         hidden_BTD = self._hidden(input_ids, attention_mask, cache)
         loss = None
         if labels is not None:
@@ -137,6 +141,12 @@ class TransformerLM(nn.Module):
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> Tensor:
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids must have shape (batch, tokens), not {tuple(input_ids.shape)}.")
+        recomputes = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if cache is not None and recomputes:
+            raise ValueError(
+                "gradient_checkpointing runs each block twice in training, which would fill the cache twice; "
+                "call model.eval() or use torch.no_grad()."
+            )
         start = cache.length if cache is not None else 0
         end = start + input_ids.size(1)
         if end > self.config.max_seq_len:
@@ -170,7 +180,7 @@ class TransformerLM(nn.Module):
             x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         for index, block in enumerate(self.blocks):
             layer_cache = cache.layers[index] if cache is not None else None
-            if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if recomputes:
                 x_BTD = cast("Tensor", checkpoint(block, x_BTD, rope, mask, use_reentrant=False))
             else:
                 x_BTD = block(x_BTD, rope, mask, layer_cache)
@@ -200,7 +210,8 @@ class TransformerLM(nn.Module):
             device=device,
         )
 
-    @torch.inference_mode()
+    # Not inference_mode, whose tensors cannot be used in a later computation of gradients.
+    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
@@ -255,12 +266,8 @@ class TransformerLM(nn.Module):
             pad_token_id=pad_token_id,
             use_cache=use_cache,
         )
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluation_mode(self):
             return generate_tokens(self, input_ids, settings, generator)
-        finally:
-            self.train(was_training)
 
     def get_num_params(self) -> int:
         """Return the number of parameters, tied ones counted once."""
@@ -308,8 +315,13 @@ class TransformerLM(nn.Module):
 
 
 def _positions_in_segments(segments_BT: Tensor) -> Tensor:
-    """Count each token's place from the first token of its run of equal numbers."""
-    T = segments_BT.size(1)
-    index = torch.arange(T, device=segments_BT.device).expand_as(segments_BT)
-    starts = F.pad(segments_BT[:, 1:] != segments_BT[:, :-1], (1, 0), value=False)
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
+    """Count how many tokens of its own number stand before each token, wherever they stand.
+
+    A mask of ones and zeros gives what transformers counts from it, `cumsum(mask) - 1`, holes or none.
+    """
+    # Sorted by number, each number's tokens are together and, the sort being stable, in order.
+    numbers, order = segments_BT.sort(dim=1, stable=True)
+    index = torch.arange(segments_BT.size(1), device=segments_BT.device).expand_as(segments_BT)
+    starts = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=False)
+    ranks = index - torch.where(starts, index, 0).cummax(dim=1).values
+    return torch.empty_like(ranks).scatter_(1, order, ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
@@ -28,13 +29,13 @@ class HistoryRecord:
     tokens_per_s: float
     """Tokens of all steps over the seconds that the steps took, evaluation not counted."""
     train_loss: float | None
-    """Mean loss, in nats a token, of the steps since the last record; None if they were all skipped."""
+    """Mean loss, in nats a token, of the steps since the last record; None if none of them made an update."""
     eval_loss: float | None
     """Loss on the evaluation data, where there was an evaluation after this step."""
     lr: float
     """Learning rate of the step."""
     grad_norm: float | None
-    """Norm of the step's gradient before clipping; None if it was skipped."""
+    """Norm of the step's gradient before clipping; None if it made no update."""
     skipped_steps: int
     """Steps so far whose loss or gradient was not finite, and that changed nothing."""
 
@@ -66,10 +67,16 @@ class TrainingHistory:
         return [(record.step, record.train_loss) for record in self.records if record.train_loss is not None]
 
     def save(self, path: str | Path) -> None:
-        """Write a line of JSON with the format's version, then one a record."""
+        """Write a line of JSON with the format's version, then one a record.
+
+        A number that is not finite, which JSON does not know, is written as null.
+        """
         lines = [
             {"format": _FORMAT, "version": FORMAT_VERSION},
-            *(dataclasses.asdict(record) for record in self),
+            *(
+                {name: value if math.isfinite(value or 0) else None for name, value in fields.items()}
+                for fields in map(dataclasses.asdict, self)
+            ),
         ]
         write_text(Path(path), "".join(json.dumps(line) + "\n" for line in lines))
 

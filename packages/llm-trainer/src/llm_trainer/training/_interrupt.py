@@ -11,7 +11,8 @@ from typing import Self
 class InterruptGuard:
     """While it is open, the first Ctrl-C sets `requested` instead of raising; a second one raises at once.
 
-    Outside the main thread, where Python lets nobody handle signals, it does nothing.
+    Outside the main thread, where Python lets nobody handle signals, it does nothing; nor where Ctrl-C is
+    ignored (a job in the background of a shell) or handled by other than Python.
     """
 
     def __init__(self) -> None:
@@ -19,7 +20,9 @@ class InterruptGuard:
         self._before: object = None
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
+        present = signal.getsignal(signal.SIGINT)
+        handled = present is not None and present is not signal.SIG_IGN
+        if handled and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._handle)
         return self
 

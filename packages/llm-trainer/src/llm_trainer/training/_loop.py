@@ -37,6 +37,7 @@ class TrainingLoop:
         precision: Precision,
         interrupt: InterruptGuard,
         evaluate: Callable[[], float | None] | None,
+        save_history: Callable[[], object],
         progress: ProgressReport | None,
     ) -> None:
         config = trainer.config
@@ -46,6 +47,7 @@ class TrainingLoop:
         self._precision = precision
         self._interrupt = interrupt
         self._evaluate = evaluate
+        self._save_history = save_history
         self._progress = progress
         self._optimizer = create_optimizer(
             trainer.model,
@@ -78,6 +80,8 @@ class TrainingLoop:
         """
         trainer = self.trainer
         try:
+            if self._progress is not None:
+                self._progress.start()
             for callback in trainer.callbacks:
                 callback.on_train_begin(trainer)
             trainer.model.train()
@@ -117,7 +121,7 @@ class TrainingLoop:
         trainer.step += 1
         self._count(result)
         if self._progress is not None:
-            self._progress.step(trainer.step, None if result.skipped else result.loss, self._tokens_per_s)
+            self._progress.step(trainer.step, result.loss if result.changed else None, self._tokens_per_s)
         for callback in trainer.callbacks:
             callback.on_step_end(trainer)
         self._record(learning_rate, result)
@@ -134,6 +138,7 @@ class TrainingLoop:
         if result.skipped:
             self._skipped += 1
             self._skipped_in_row += 1
+        if not result.changed:
             return
         self._skipped_in_row = 0
         self._unrecorded_loss += result.loss * result.labelled
@@ -159,13 +164,13 @@ class TrainingLoop:
             train_loss=self._unrecorded_loss / labels if labels else None,
             eval_loss=self._evaluate() if evaluates and self._evaluate is not None else None,
             lr=learning_rate,
-            grad_norm=None if result.skipped else result.grad_norm,
+            grad_norm=result.grad_norm if result.changed else None,
             skipped_steps=self._skipped,
         )
         self._unrecorded_loss, self._unrecorded_labels = 0.0, 0
         trainer.history.append(record)
         if record.eval_loss is not None:
-            trainer.save_history()
+            self._save_history()
         if self._progress is not None:
             self._progress.record(record)
         for callback in trainer.callbacks:
@@ -176,4 +181,4 @@ class TrainingLoop:
         if self._interrupt.requested or config.eval_strategy == "no":
             return False
         interval = config.eval_steps if config.eval_strategy == "steps" else self._steps_in_epoch
-        return step == self.total_steps or step % interval == 0
+        return self._ends() or step % interval == 0

@@ -26,6 +26,10 @@ class ProgressReport:
                 console=self._console,
             )
             self._task = self._live.add_task("training", total=total_steps, status="")
+
+    def start(self) -> None:
+        """Take hold of the terminal, until `close`."""
+        if self._live is not None:
             self._live.start()
 
     def step(self, step: int, loss: float | None, tokens_per_s: float) -> None:

@@ -28,6 +28,11 @@ class StepResult:
     skipped: bool
     """Whether the loss or gradient was not finite, so that nothing was changed."""
 
+    @property
+    def changed(self) -> bool:
+        """Whether there was an update: no token to predict makes none either."""
+        return not self.skipped and self.labelled > 0
+
 
 def count_tokens(batch: dict[str, Tensor]) -> int:
     """Count the tokens of a batch that are not padding."""
@@ -46,10 +51,13 @@ def take_step(
     """Update the model with the mean loss over all labelled tokens of all batches.
 
     Each batch weighs by its share of those tokens, so the batches together give the gradient of one large
-    one, however many they are and however long. A loss or gradient that is not finite changes nothing.
+    one, however many they are and however long. A loss or gradient that is not finite changes nothing, and
+    neither do batches without a labelled token.
     """
     labels = [count_labels(batch) for batch in batches]
-    total = max(1, sum(labels))
+    total, tokens = sum(labels), sum(map(count_tokens, batches))
+    if not total:
+        return StepResult(loss=0.0, grad_norm=0.0, labelled=0, tokens=tokens, skipped=False)
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
     for batch, count in zip(batches, labels, strict=True):
         with precision.autocast():
@@ -66,7 +74,7 @@ def take_step(
     # A scaler halves its factor after an overflow, which unscale_ found.
     precision.scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_value, norm_value, sum(labels), sum(map(count_tokens, batches)), not finite)
+    return StepResult(loss_value, norm_value, total, tokens, not finite)
 
 
 def _is_finite(value: float) -> bool:

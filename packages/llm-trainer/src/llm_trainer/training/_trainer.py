@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from av_memory import MemoryTracker
@@ -26,6 +27,8 @@ from llm_trainer.training._progress import ProgressReport
 from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.utils import get_device, set_seed
 from llm_trainer.utils.metrics import mean_loss, perplexity_of
+
+_logger = logging.getLogger(__name__)
 
 Rows = Dataset[dict[str, Tensor]]
 
@@ -85,47 +88,56 @@ class Trainer:
         self.step = 0
         self._show_progress = show_progress
         self._precision = Precision(config, self.device)
-        self._interrupt = InterruptGuard()
 
     def train(self) -> TrainingHistory:
         """Train from the first step to the last and return the history, which begins anew.
 
-        With `output_dir`, `history.jsonl` there is written at each evaluation and however training ends.
+        With `output_dir`, `history.jsonl` there is written before the first step, at each evaluation, and
+        however training ends.
 
         Raises:
             TrainingError: There is no training data, or too many steps in a row were not finite.
+            OSError: `output_dir` cannot be written to. Where that happens in the middle, it is logged, and
+                raised when training is over.
             KeyboardInterrupt: Ctrl-C was pressed: the step in hand was finished and the history written, so
                 the model can be used or saved. Pressing it twice stops at once.
         """
         if self.train_dataset is None:
             raise TrainingError("There is nothing to train on: give train_dataset to Trainer(...).")
+        if not len(cast("Sized", self.train_dataset)):
+            raise TrainingError("The training dataset has no rows.")
         loader = self._loader(self.train_dataset, train=True)
         steps_in_epoch = math.ceil(len(loader) / self.config.gradient_accumulation_steps)
-        if not steps_in_epoch:
-            raise TrainingError("The training dataset has no rows.")
         total_steps = self.config.max_steps or steps_in_epoch * self.config.num_epochs
         self.history = TrainingHistory()
         self.step = 0
         self.should_stop = False
         set_seed(self.config.seed)
-        self._interrupt = InterruptGuard()
+        # A folder that cannot be written to is found before the work, not after it.
+        self.save_history()
+        interrupt = InterruptGuard()
         dataset = self.eval_dataset
         loop = TrainingLoop(
             self,
             total_steps=total_steps,
             steps_in_epoch=steps_in_epoch,
             precision=self._precision,
-            interrupt=self._interrupt,
-            evaluate=None if dataset is None else lambda: self._mean_loss(dataset)[0],
+            interrupt=interrupt,
+            evaluate=None
+            if dataset is None
+            else lambda: self._mean_loss(dataset, stop=lambda: interrupt.requested)[0],
+            save_history=self._try_to_save_history,
             progress=ProgressReport(total_steps) if self._show_progress else None,
         )
         try:
-            with MemoryTracker("train"), self._interrupt:
+            with MemoryTracker("train"), interrupt:
                 loop.run(loader)
         finally:
-            self.save_history()
-        if self._interrupt.requested:
+            failure = self._try_to_save_history()
+        if interrupt.requested:
             raise KeyboardInterrupt(f"Training was interrupted after step {self.step} of {total_steps}.")
+        if failure is not None:
+            raise failure
         return self.history
 
     def evaluate(self) -> dict[str, float]:
@@ -137,18 +149,17 @@ class Trainer:
         """
         if self.eval_dataset is None:
             raise TrainingError("There is nothing to evaluate on: give eval_dataset to Trainer(...).")
-        self._interrupt = InterruptGuard()
         loss, tokens = self._mean_loss(self.eval_dataset)
         if loss is None:
             raise TrainingError("The evaluation dataset has no token to predict.")
         return {"loss": loss, "perplexity": perplexity_of(loss), "tokens": float(tokens)}
 
-    def _mean_loss(self, dataset: Rows) -> tuple[float | None, int]:
-        """Return the loss and the number of predicted tokens; None if there are none, or on an interrupt."""
+    def _mean_loss(self, dataset: Rows, stop: Callable[[], bool] = lambda: False) -> tuple[float | None, int]:
+        """Return the loss and the number of predicted tokens; None if there are none, or it was stopped."""
         loader = self._loader(dataset, train=False)
         with MemoryTracker("evaluate"), self._precision.autocast():
-            loss, tokens = mean_loss(self.model, loader, self.device, stop=lambda: self._interrupt.requested)
-        return (None if self._interrupt.requested or not tokens else loss), tokens
+            loss, tokens = mean_loss(self.model, loader, self.device, stop=stop)
+        return (None if stop() or not tokens else loss), tokens
 
     def generate_text(self, prompt: str, max_length: int = 100, **kwargs: Any) -> str:
         """Return the prompt and its continuation, `max_length` tokens in all, or up to the end of the text.
@@ -207,10 +218,20 @@ class Trainer:
             shuffle=train,
             num_workers=self.config.dataloader_num_workers,
             pin_memory=self.device.type == "cuda",
-            seed=self.config.seed if train else None,
+            # An evaluation with torch's own random numbers would change the dropout of the steps after it.
+            seed=self.config.seed,
         )
 
     def save_history(self) -> None:
         """Write `history.jsonl` into `output_dir`, if there is one."""
         if self.config.output_dir is not None:
             self.history.save(Path(self.config.output_dir) / "history.jsonl")
+
+    def _try_to_save_history(self) -> OSError | None:
+        """Write the history; a failure must end neither a long training nor hide what did end it."""
+        try:
+            self.save_history()
+        except OSError as error:
+            _logger.warning("The history cannot be written (%s); the model is not concerned.", error)
+            return error
+        return None

@@ -18,7 +18,9 @@ class Callback:
         """Called when everything is ready, before the first step."""
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """Called after each step; set `trainer.should_stop` to make it the last one."""
+        """Called after each step; set `trainer.should_stop` to make it the last one, evaluated as a last one
+        is.
+        """
 
     def on_record(self, trainer: Trainer, record: HistoryRecord) -> None:
         """Called when a record was added to the history: every `logging_steps`, and after each evaluation."""

@@ -27,16 +27,16 @@ def create_optimizer(
 
     Args:
         model: Its parameters with `requires_grad` are optimised.
-        optimizer_type: `adamw`; `adam`, which has no decay; or `sgd`.
+        optimizer_type: `adamw`, `adam` or `sgd`.
         learning_rate: Step size.
-        weight_decay: Share of the learning rate by which decayed weights shrink at each step (in `sgd`, it is
-            added to the gradient instead, which is the same but for the momentum).
+        weight_decay: Share of the learning rate by which decayed weights shrink at each step (`adamw`), or L2
+            penalty: the share of the weights that is added to their gradient (`adam`, `sgd`).
         betas: Decay rates of Adam's averages.
         eps: Added to the denominator of Adam's update.
         momentum: Of `sgd`.
 
     Raises:
-        ConfigurationError: The type is unknown, `adam` is to decay, or nothing is trained.
+        ConfigurationError: The type is unknown, or nothing is trained.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
@@ -52,11 +52,6 @@ def create_optimizer(
         case "adamw":
             return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
         case "adam":
-            if weight_decay:
-                raise ConfigurationError(
-                    f'"adam" has no weight decay, but weight_decay is {weight_decay}; '
-                    'set it to 0 or take "adamw".'
-                )
             return Adam(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
         case "sgd":
             return SGD(groups, lr=learning_rate, momentum=momentum, fused=True)

@@ -32,7 +32,8 @@ def _draw(history: TrainingHistory, ink: str = "black") -> Figure:
     ):
         if losses:
             steps, values = zip(*losses, strict=True)
-            axes.plot(steps, values, style, label=label, markersize=4)
+            # A line through one point shows nothing.
+            axes.plot(steps, values, "o-" if len(values) == 1 else style, label=label, markersize=4)
     axes.set_xlabel("step", color=ink)
     axes.set_ylabel("loss (nats a token)", color=ink)
     axes.tick_params(colors=ink)

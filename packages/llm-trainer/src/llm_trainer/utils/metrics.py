@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llm_trainer.data import LanguageModelingDataset
 from llm_trainer.exceptions import DataError
+from llm_trainer.models._evaluation_mode import evaluation_mode
 
 __all__ = ["batch_loss", "bits_per_byte", "compute_perplexity", "count_labels", "mean_loss", "perplexity_of"]
 
@@ -25,7 +26,8 @@ def count_labels(batch: dict[str, Tensor]) -> int:
 
 def batch_loss(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
     """Return the mean loss over the batch's labelled tokens, in nats a token."""
-    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    names = batch.keys() & {"input_ids", "attention_mask", "labels"}
+    moved = {name: batch[name].to(device, non_blocking=True) for name in names}
     output = model(moved["input_ids"], moved.get("attention_mask"), moved["labels"], return_logits=False)
     return cast("Tensor", output.loss)
 
@@ -46,24 +48,20 @@ def mean_loss(
         device: Where the model is.
         stop: Asked before each batch; True ends the count there.
     """
-    was_training = model.training
-    model.eval()
     total, tokens = 0.0, 0
-    try:
+    with evaluation_mode(model):
         for batch in batches:
             if stop():
                 break
             count = count_labels(batch)
             total += float(batch_loss(model, batch, device)) * count
             tokens += count
-    finally:
-        model.train(was_training)
     return total / max(tokens, 1), tokens
 
 
 def perplexity_of(loss: float) -> float:
-    """Return e to the power of a loss in nats a token; infinity where that is too large."""
-    return math.exp(loss) if loss < 709 else math.inf
+    """Return e to the power of a loss in nats a token; infinity where that is too large, nan of nan."""
+    return math.inf if loss > 709 else math.exp(loss)
 
 
 def compute_perplexity(
