@@ -133,6 +133,23 @@ def test_reading_folders(tmp_path):
     assert list(read_texts(tmp_path / "other.md")) == ["third"]
 
 
+@pytest.mark.parametrize("pattern", ["../*.txt", "b/../../*.txt", "/etc/*", "", "."])
+def test_patterns_do_not_leave_the_folder(tmp_path, pattern):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret.txt").write_text("secret")
+    with pytest.raises(DataError, match="not a file name inside"):
+        read_texts(tmp_path / "in", ["*.txt", pattern])
+    with pytest.raises(DataError, match="one string"):
+        read_texts(tmp_path / "in", "*.txt")
+
+
+def test_rows_of_padding_are_a_batch(tokenizer):
+    row = {name: torch.zeros(7, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
+    (batch,) = create_dataloader([row | {"weight": torch.tensor(1.0)}] * 3, batch_size=3)
+    assert batch["input_ids"].shape == (3, 2)
+    assert batch["weight"].shape == (3,)
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(DataError, match=r"missing\.txt does not exist"):
         read_texts(tmp_path / "missing.txt")

@@ -63,6 +63,42 @@ def test_top_p_equals_transformers(p):
     assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(torch.zeros(4, 1), logits))
 
 
+def test_top_p_of_one_keeps_everything():
+    # In float32 the probabilities of 50 000 equal tokens sum to a little more than one.
+    logits = torch.zeros(2, 50_000)
+    logits[1] = torch.randn(50_000)
+    assert torch.equal(keep_top_p(logits, 1.0), logits)
+
+
+def test_the_least_temperature_is_almost_greedy(build, ids):
+    model = build()
+    assert torch.equal(model.generate(ids, 24, temperature=1e-6), model.generate(ids, 24))
+
+
+def test_results_can_be_trained_on(build, ids):
+    model = build()
+    tokens = model.generate(ids, 24)
+    assert not tokens.is_inference()
+    model(tokens, labels=tokens).loss.backward()
+    assert model.embedding.weight.grad.isfinite().all()
+
+
+def test_what_a_cache_cannot_do_is_refused(build, ids):
+    model = build()
+    cache = model.new_cache(3, 17)
+    with torch.no_grad():
+        model(ids, cache=cache)
+        with pytest.raises(ValueError, match="room for 17 tokens, but 18"):
+            model(ids[:, :1], cache=cache)
+    with pytest.raises(ValueError, match="labels and cache"):
+        model(ids, labels=ids, cache=model.new_cache(3, 17))
+    model = build(gradient_checkpointing=True).train()
+    with pytest.raises(ValueError, match="gradient_checkpointing"):
+        model(ids, cache=model.new_cache(3, 17))
+    with torch.no_grad():
+        model(ids, cache=model.new_cache(3, 17))
+
+
 def test_repetition_penalty_equals_transformers():
     logits, seen = torch.randn(4, 61), torch.randint(0, 61, (4, 9))
     expected = RepetitionPenaltyLogitsProcessor(1.7)(seen, logits)
@@ -110,6 +146,9 @@ def test_length_is_bounded_by_the_model(build, ids):
     [
         ({"num_beams": 2}, "num_beams is 2; only 1"),
         ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1e-30}, "must be 0, which is greedy, or at least 1e-06"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty is nan"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0"),

@@ -139,6 +139,53 @@ def test_chunked_loss_and_gradients_equal_torch(cap, rows_in_chunk, monkeypatch)
         torch.testing.assert_close(ours.double(), theirs, atol=2e-6, rtol=2e-6)
 
 
+def test_no_gradients_are_computed_where_none_are_wanted(build, ids, monkeypatch):
+    model = build()
+    with torch.no_grad():
+        expected = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    made = []
+    original = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda *a, **k: made.append(a[0].shape) or original(*a, **k))
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(model(ids, labels=ids).loss, expected)
+    assert made == []
+    model(ids, labels=ids)
+    assert made == [model.head.weight.shape]
+
+
+def test_a_second_derivative_of_the_loss_is_refused():
+    x = torch.randn(5, 4, requires_grad=True)
+    loss = linear_cross_entropy(x, torch.randn(9, 4), torch.arange(5)) ** 2
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_float64_models_are_computed_in_float64(model, ids):
+    single = model(ids).logits
+    double = model.double()
+    torch.testing.assert_close(double(ids).logits, single, atol=1e-4, rtol=1e-4)
+    double(ids, labels=ids).loss.backward()
+    assert {parameter.grad.dtype for parameter in double.parameters()} == {torch.float64}
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: unit_rms(x, 1e-5), (x,))
+
+
+def test_a_hole_in_the_mask_is_as_if_it_were_not_there(model, ids):
+    mask = torch.ones_like(ids)
+    mask[:, 4] = mask[:, 9:11] = 0
+    kept = mask[0].nonzero().flatten()
+    with torch.no_grad():
+        found = model(ids, mask).logits[:, kept]
+        torch.testing.assert_close(found, model(ids[:, kept]).logits, atol=1e-5, rtol=1e-5)
+    # The same where two documents take turns.
+    turns = torch.arange(17) % 2 + 1
+    with torch.no_grad():
+        found = model(ids, turns.expand(3, -1)).logits[:, ::2]
+        torch.testing.assert_close(found, model(ids[:, ::2]).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_the_loss_keeps_float32_under_autocast():
     x, weight, targets = torch.randn(64, 16), torch.randn(50, 16), torch.randint(0, 50, (64,))
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,11 +1,13 @@
 import json
+import re
 import tracemalloc
 
 import pytest
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_trainer.exceptions import FormatError, TokenizerError, TokenizerNotTrainedException
-from llm_trainer.tokenizer import BPETokenizer
+from llm_trainer.tokenizer import BPETokenizer, _long_blanks
 from transformers import PreTrainedTokenizerFast
 
 AWKWARD = st.lists(
@@ -39,6 +41,37 @@ def fast(tokenizer, tmp_path_factory):
 @given(text=AWKWARD)
 def test_transformers_reads_the_same_ids(tokenizer, fast, text):
     assert fast(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(text)
+
+
+BLANKS = st.lists(
+    st.sampled_from(
+        [" ", "  ", "   ", "\n", "\r\n", "\t", "\x1c", "\x85", "\u3000", "a", "7", "!", "'s", "é", "_"]
+    ),
+    max_size=12,
+).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=BLANKS)
+def test_cutting_around_blanks_changes_no_id(tokenizer, text):
+    whole = tiktoken.Encoding("whole", pat_str="(?s:.+)", mergeable_ranks=tokenizer._ranks, special_tokens={})
+    with pytest.MonkeyPatch.context() as patch:
+        pattern = _long_blanks._LONG_RUN.pattern.replace("1024", "2")
+        patch.setattr(_long_blanks, "_LONG_RUN", re.compile(pattern))
+        parts = list(_long_blanks.cut_around_long_blanks(text))
+    ids = [
+        token
+        for part, is_piece in parts
+        for token in (whole if is_piece else tokenizer._encoding).encode(part, disallowed_special=())
+    ]
+    assert ids == tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("blank", [" ", "\t", "\n"])
+def test_a_million_blanks_come_back(tokenizer, blank):
+    run = blank * 1_000_000
+    for text in (run, f"value{run}return", f"value!\n{run}\n 7"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_transformers_reads_the_same_special_tokens(tokenizer, fast):
@@ -111,6 +144,7 @@ def test_an_untrained_tokenizer_says_so():
         ([""], 300, "no text"),
         ("abc", 300, "one string"),
         ([b"abc"], 300, "must be strings, not bytes"),
+        (["ab", "ab\ud800"], 300, r"lone surrogate \(U\+D800\) at position 2"),
     ],
 )
 def test_bad_training_input(texts, size, message):
@@ -121,6 +155,8 @@ def test_bad_training_input(texts, size, message):
 def test_bad_encoding_input(tokenizer):
     with pytest.raises(TokenizerError, match=r"U\+D800.*position 1"):
         tokenizer.encode("a\ud800")
+    with pytest.raises(TokenizerError, match="one string"):
+        tokenizer.encode_batch("abc")
     with pytest.raises(TokenizerError, match="not a NoneType"):
         tokenizer.encode(None)
     with pytest.raises(TokenizerError, match="Token id 320"):

@@ -26,6 +26,7 @@ from llm_trainer.training import (
 )
 from llm_trainer.training._precision import Precision
 from llm_trainer.training._step import take_step
+from llm_trainer.training.plots import _draw
 from llm_trainer.utils.metrics import bits_per_byte, compute_perplexity, perplexity_of
 
 
@@ -529,6 +530,18 @@ def test_loss_curves(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"\.png or \.svg"):
         save_loss_curve(history, tmp_path / "loss.gif")
+
+
+def test_one_record_shows_as_a_point(make_trainer, tmp_path):
+    history = make_trainer(max_steps=1).train()
+    assert len(history.train_losses) == 1
+    figure = _draw(history)
+    with_line, without = io.BytesIO(), io.BytesIO()
+    figure.axes[0].legend_.remove()
+    figure.savefig(with_line, format="png")
+    figure.axes[0].lines[0].set_visible(False)
+    figure.savefig(without, format="png")
+    assert with_line.getvalue() != without.getvalue()
 
 
 def test_what_is_missing_is_said_before_the_work(make_trainer, tokenizer):

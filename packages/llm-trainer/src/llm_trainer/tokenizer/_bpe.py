@@ -17,6 +17,7 @@ import tiktoken
 from llm_trainer._files import json_sha256
 from llm_trainer.exceptions import TokenizerError, TokenizerNotTrainedException
 from llm_trainer.tokenizer._hf_files import read_files, token_strings, write_files
+from llm_trainer.tokenizer._long_blanks import cut_around_long_blanks
 
 BOS = "<|bos|>"
 EOS = "<|eos|>"
@@ -64,7 +65,7 @@ class BPETokenizer:
 
         Raises:
             TokenizerError: `vocab_size` is below 259 (256 bytes and 3 special tokens), there is no text,
-                or an item is not a string.
+                or an item is not a string or holds a lone surrogate.
         """
         if vocab_size < SMALLEST_VOCAB:
             raise TokenizerError(
@@ -101,21 +102,31 @@ class BPETokenizer:
         encoding = self._trained()
         if not isinstance(cast("object", text), str):
             raise TokenizerError(f"Only a string can be encoded, not a {type(text).__name__}.")
+        _refuse_surrogates(text)
         try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"The text holds a lone surrogate (U+{ord(text[error.start]):04X}) at position "
-                f"{error.start}; "
-                'replace such with text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").'
-            ) from None
-        return encoding.encode_to_numpy(text, disallowed_special=())
+            return _ids(encoding, text)
+        except ValueError:
+            # The regex engine's stack is full: there is a run of hundreds of thousands of blanks.
+            parts = list(cut_around_long_blanks(text))
+            if len(parts) == 1:
+                raise
+        # The same merges on a piece that is not to be split.
+        whole = tiktoken.Encoding(
+            "llm-trainer-bpe-whole", pat_str="(?s:.+)", mergeable_ranks=self._ranks, special_tokens={}
+        )
+        return np.concatenate([_ids(whole if is_piece else encoding, part) for part, is_piece in parts])
 
     def encode_batch(
         self, texts: Iterable[str], add_special_tokens: bool = True, num_threads: int | None = None
     ) -> list[list[int]]:
-        """Encode many texts on `num_threads` threads (all cores by default), in order."""
+        """Encode many texts on `num_threads` threads (all cores by default), in order.
+
+        Raises:
+            TokenizerError: `texts` is one string, or one of them cannot be encoded.
+        """
         self._trained()
+        if isinstance(texts, str):
+            raise TokenizerError("texts is one string; give an iterable of strings, such as [text].")
         with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
             return list(
                 pool.map(functools.partial(self.encode, add_special_tokens=add_special_tokens), texts)
@@ -237,8 +248,23 @@ class BPETokenizer:
         return self._encoding
 
 
+def _ids(encoding: tiktoken.Encoding, text: str) -> npt.NDArray[np.uint32]:
+    return encoding.encode_to_numpy(text, disallowed_special=())
+
+
 def _special_ids(first: int) -> dict[str, int]:
     return {token: first + index for index, token in enumerate(SPECIAL_TOKENS)}
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"The text holds a lone surrogate (U+{ord(text[error.start]):04X}) at position "
+            f"{error.start}; "
+            'replace such with text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").'
+        ) from None
 
 
 class _Pieces:
@@ -252,6 +278,7 @@ class _Pieces:
         for text in self._texts:
             if not isinstance(cast("object", text), str):
                 raise TokenizerError(f"Training texts must be strings, not {type(text).__name__}.")
+            _refuse_surrogates(text)
             start = 0
             while start < len(text):
                 end = start + _PIECE_CHARS
