@@ -122,6 +122,97 @@ def test_the_root_can_be_left_out_and_exec_changes_the_name(
     tree.close()
 
 
+@linux
+def test_a_probe_gets_over_the_loss_of_its_descriptor(
+    run_fresh: Callable[..., str], start: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    child = start(HOLD.format(mb=40))
+    ours = tmp_path / "users"
+    ours.write_text("100000000 99999999 3 4 5 6 7 8\\n" * 10)
+    code = f"""
+import os, psutil
+from av_memory.probes import ProcessTree, RssProbe
+def right(probe, pid):
+    return abs(probe.read() - psutil.Process(pid).memory_info().rss) < 4 * 2**20
+for reuse in (False, True):
+    own, others = RssProbe(), [RssProbe({child.pid}) for _ in range(3)]
+    os.closerange(3, 200)
+    files = [open({str(ours)!r}) for _ in range(6)] if reuse else []
+    # In this order each probe that is opened again takes a number that another one still holds.
+    for probe, pid in [*((other, {child.pid}) for other in reversed(others)), (own, os.getpid())] * 2:
+        assert right(probe, pid), (reuse, pid)
+    del own, others, probe
+    assert all(os.fstat(file.fileno()).st_size for file in files)
+    if os.fork() == 0:
+        os._exit(sum(file.read() != files[0].read() for file in files[1:2]))
+    assert os.wait()[1] == 0
+"""
+    run_fresh(code)
+
+
+@linux
+def test_what_took_a_lost_number_over_stays_open() -> None:
+    with Path(__file__).open() as file:
+        probe = RssProbe()
+        taken = os.open("/proc/self/statm", os.O_RDONLY)
+        os.close(taken)
+        # The next free number was the probe's before: close that, and let a file take it.
+        os.close(taken - 1)
+        assert os.dup(file.fileno()) == taken - 1, "the probe did not have the last number"
+        assert abs(probe.read() - psutil.Process().memory_info().rss) < 4 * MB
+        probe.close()
+        assert os.fstat(taken - 1).st_size == Path(__file__).stat().st_size
+        os.close(taken - 1)
+
+
+@linux
+def test_a_tree_leaves_descriptors_to_the_program(run_fresh: Callable[..., str]) -> None:
+    code = """
+import errno, os, resource, signal, subprocess
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+children = [subprocess.Popen(["sleep", "60"]) for _ in range(40)]
+try:
+    before = len(os.listdir("/proc/self/fd"))
+    from av_memory.probes import ProcessTree
+    tree = ProcessTree()
+    assert len(tree.live_pids) == 41
+    assert len(os.listdir("/proc/self/fd")) <= before + 64 // 8
+    whole = tree.rss_bytes()
+    held = []
+    try:
+        while True: held.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError as error:
+        assert error.errno == errno.EMFILE
+    tree.refresh()
+    assert len(tree.live_pids) == 41
+    assert tree.rss_bytes() > 0.9 * whole
+    for number in held: os.close(number)
+    children[-1].kill(); children[-1].wait()
+    tree.rss_bytes()
+    assert len(tree.live_pids) == 40, "one that has no descriptor of its own is seen to end"
+finally:
+    for child in children: child.kill()
+    for child in children: child.wait()
+"""
+    run_fresh(code)
+
+
+@linux
+def test_a_number_given_out_again_is_another_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def live(name: bytes, started: int) -> None:
+        fields = [b"S", *[b"1"] * 18, str(started).encode(), b"9", b"300", b"0"]
+        (tmp_path / "77" / "stat").write_bytes(b"77 (" + name + b") " + b" ".join(fields))
+
+    (tmp_path / "77").mkdir()
+    live(b"a) S (b", 5000)
+    monkeypatch.setattr(probes, "_PROC", str(tmp_path))
+    probe = RssProbe(77, keep_open=False)
+    assert probe.read() == 300 * os.sysconf("SC_PAGE_SIZE")
+    live(b"another", 6000)
+    with pytest.raises(ProcessLookupError):
+        probe.read()
+
+
 def test_machine_memory_is_psutils() -> None:
     assert machine_memory().total_bytes == psutil.virtual_memory().total
 

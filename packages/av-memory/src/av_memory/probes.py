@@ -11,12 +11,14 @@ batches, so one reading of ``statm`` can be off by some hundred kB on a machine 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from weakref import WeakValueDictionary
 
 __all__ = [
     "CgroupMemory",
@@ -43,6 +45,7 @@ _PROC = "/proc"
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _MAXRSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+_NO_DESCRIPTOR_LEFT = (errno.EMFILE, errno.ENFILE)
 
 
 class MemoryProbeError(RuntimeError):
@@ -56,37 +59,41 @@ class RssProbe:
         pid: the process; ``None`` means the calling one. On Linux the probe stays bound to the process
             that had this number when it was made, so a number that the system gives out again is never
             mistaken for it.
+        keep_open: hold one descriptor for as long as the probe lives. Without it each reading opens and
+            closes a file, which costs tens of microseconds.
 
     Raises:
-        MemoryProbeError: neither ``/proc`` nor psutil can read the process.
+        MemoryProbeError: neither ``/proc`` nor psutil can read the process, or no descriptor is left.
+        ProcessLookupError: there is no such process.
     """
 
-    __slots__ = ("_descriptor", "read", "reads_proc")
+    __slots__ = ("_statm", "read", "reads_proc")
 
     read: Callable[[], int]
-    """Take one reading, in bytes. Raises ``ProcessLookupError`` once the process is gone."""
+    """Take one reading, in bytes.
 
-    def __init__(self, pid: int | None = None) -> None:
+    Raises ``ProcessLookupError`` once the process is gone, and :class:`MemoryProbeError` while it cannot be
+    read, which may pass. A descriptor that was closed from outside (``os.closerange``) is replaced.
+    """
+
+    def __init__(self, pid: int | None = None, *, keep_open: bool = True) -> None:
         try:
-            self._descriptor = _Descriptor(f"{_PROC}/{pid or 'self'}/statm")
+            self._statm = _Statm(pid, keep_open)
         except OSError as error:
-            self._descriptor = None
+            if error.errno in _NO_DESCRIPTOR_LEFT:
+                raise MemoryProbeError(
+                    f"cannot read the memory of process {pid or os.getpid()}: {error}"
+                ) from error
+            if (
+                isinstance(error, FileNotFoundError | ProcessLookupError)
+                and Path(_PROC, "self/statm").exists()
+            ):
+                raise ProcessLookupError(f"there is no process {pid}") from None
+            self._statm = None
             self.read = self._psutil_reader(pid, error)
         else:
-            self.read = self._statm_reader(self._descriptor)
-        self.reads_proc = self._descriptor is not None
-
-    @staticmethod
-    def _statm_reader(descriptor: _Descriptor) -> Callable[[], int]:
-        pread, page_bytes = os.pread, _PAGE_BYTES
-
-        def read() -> int:
-            fields = pread(descriptor.number, 96, 0).split(b" ", 2)
-            if len(fields) < 3:
-                raise ProcessLookupError("the process has ended")
-            return int(fields[1]) * page_bytes
-
-        return read
+            self.read = self._statm.read
+        self.reads_proc = self._statm is not None
 
     @staticmethod
     def _psutil_reader(pid: int | None, proc_error: OSError) -> Callable[[], int]:
@@ -111,33 +118,125 @@ class RssProbe:
                 return int(process.memory_info().rss)
             except psutil.NoSuchProcess:
                 raise ProcessLookupError("the process has ended") from None
+            except (psutil.Error, OSError) as error:
+                raise MemoryProbeError(
+                    f"cannot read the memory of process {pid or os.getpid()}: {error}"
+                ) from error
 
         return read
 
     def close(self) -> None:
         """Give the descriptor back; the probe must not be read after this."""
-        if self._descriptor is not None:
-            self._descriptor.close()
+        if self._statm is not None:
+            self._statm.close()
+
+
+class _Statm:
+    """The file ``statm`` of one process, or ``stat`` where no descriptor is kept."""
+
+    __slots__ = ("_file", "_keeps", "_pid", "_started")
+
+    def __init__(self, pid: int | None, keep_open: bool) -> None:
+        self._pid = pid
+        self._keeps = keep_open
+        self._started = None if pid is None else _start_and_rss(pid)[0]
+        self._file = _Descriptor(f"{_PROC}/{pid or 'self'}/statm") if keep_open else None
+
+    def read(self) -> int:
+        file = self._file
+        if file is None:
+            return self._read_once()
+        try:
+            fields = os.pread(file.number, 96, 0).split(b" ")
+        except OSError:
+            fields = []
+        # The fifth and seventh have been 0 since Linux 2.6; so it is no file that took the number over.
+        if len(fields) == 7 and fields[6] == b"0\n" and fields[4] == b"0" and fields[1] != b"0":
+            return int(fields[1]) * _PAGE_BYTES
+        return self._doubt(file, fields)
+
+    def _doubt(self, file: _Descriptor, fields: list[bytes]) -> int:
+        if file.is_ours():
+            if len(fields) < 2:
+                raise ProcessLookupError("the process has ended")
+            return int(fields[1]) * _PAGE_BYTES
+        rss = self._read_once()
+        if self._keeps:
+            with contextlib.suppress(OSError):  # none is left: until there is one, each reading opens its own
+                self._file = _Descriptor(f"{_PROC}/{self._pid or 'self'}/statm")
+        return rss
+
+    def _read_once(self) -> int:
+        try:
+            started, rss = _start_and_rss(self._pid or "self")
+        except (FileNotFoundError, ProcessLookupError):
+            raise ProcessLookupError("the process has ended") from None
+        except OSError as error:
+            raise MemoryProbeError(
+                f"cannot read the memory of process {self._pid or os.getpid()}: {error}"
+            ) from error
+        if self._started not in (None, started):
+            raise ProcessLookupError("the process has ended, and another has its number")
+        return rss
+
+    def close(self) -> None:
+        self._keeps = False
+        if self._file is not None:
+            self._file.close()
+
+
+def _start_and_rss(process: int | str) -> tuple[int, int]:
+    """When it started, in ticks since boot, and its resident set in bytes, in one reading."""
+    number = os.open(f"{_PROC}/{process}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = os.read(number, 4096)
+    finally:
+        os.close(number)
+    # The name in parentheses may hold spaces and parentheses itself.
+    fields = text[text.rindex(b")") + 2 :].split(b" ")
+    return int(fields[19]), int(fields[21]) * _PAGE_BYTES
 
 
 class _Descriptor:
-    """An open file that lives as long as the probe or its ``read``, whichever is kept longer."""
+    """An open file, closed with its last user, unless somebody else has closed or taken its number."""
 
-    __slots__ = ("number",)
+    __slots__ = ("__weakref__", "_identity", "number")
 
     def __init__(self, path: str) -> None:
         self.number = -1
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # The system gave this number out, so whoever is noted for it here has lost it.
+        before = _noted.get(number)
+        if before is not None:
+            before.number = -1
+        self._identity = _identity(number)
+        self.number = number
+        _noted[number] = self
+
+    def is_ours(self) -> bool:
+        try:
+            return _identity(self.number) == self._identity
+        except OSError:
+            return False
 
     def close(self) -> None:
-        # Set first: a number that is closed here may be another file's a moment later.
-        number, self.number = self.number, -1
-        if number >= 0:
+        if self.number >= 0 and self.is_ours():
+            # Set first: a number that is closed here may be another file's a moment later.
+            number, self.number = self.number, -1
             os.close(number)
+        self.number = -1
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
             self.close()
+
+
+_noted: WeakValueDictionary[int, _Descriptor] = WeakValueDictionary()
+
+
+def _identity(number: int) -> tuple[int, int]:
+    status = os.fstat(number)
+    return status.st_dev, status.st_ino
 
 
 def high_water_bytes() -> int | None:
@@ -209,7 +308,8 @@ class ProcessTree:
     """A process and all its descendants, looked up again on :meth:`refresh`.
 
     Processes that end are dropped, and their peaks kept in :attr:`members`. A process that both starts
-    and ends between two calls of :meth:`refresh` is not seen.
+    and ends between two calls of :meth:`refresh` is not seen. At most 128 descriptors are kept, and no
+    more than an eighth of those that this process may have.
 
     Args:
         root_pid: the process at the top; ``None`` means the calling one.
@@ -222,6 +322,7 @@ class ProcessTree:
         """Every process seen so far, in the order in which it was found."""
         self._include_root = include_root
         self._live: dict[int, tuple[RssProbe, TreeMember]] = {}
+        self._most_kept = _most_descriptors()
         self.refresh()
 
     def refresh(self) -> None:
@@ -233,7 +334,7 @@ class ProcessTree:
                 member.name = _process_name(pid) or member.name
                 continue
             try:
-                probe = RssProbe(pid)
+                probe = RssProbe(pid, keep_open=len(self._live) < self._most_kept)
                 rss = probe.read()
             except (ProcessLookupError, MemoryProbeError):
                 continue
@@ -261,8 +362,10 @@ class ProcessTree:
         for pid, (probe, member) in list(self._live.items()):
             try:
                 rss = probe.read()
-            except (ProcessLookupError, MemoryProbeError):
+            except ProcessLookupError:
                 rss = 0
+            except MemoryProbeError:
+                rss = member.rss_bytes  # for want of a descriptor, say; it has not ended for that
             # A process that has exited but was not waited for keeps an entry that reads 0.
             if rss == 0:
                 member.ended = True
@@ -300,6 +403,11 @@ class ProcessTree:
         for probe, _ in self._live.values():
             probe.close()
         self._live.clear()
+
+
+def _most_descriptors() -> int:
+    soft = -1 if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 128 if soft < 0 else min(128, soft // 8)
 
 
 def _descendants(pid: int) -> Iterator[int]:
