@@ -1,6 +1,7 @@
 """The trace, field by field, against Google's description of the Trace Event Format."""
 
 import json
+import time
 from pathlib import Path
 
 from av_memory.recording import Recording, ScopeRecord, Series, Usage
@@ -61,6 +62,33 @@ def test_events_of_a_track_are_nested_or_apart(items: list[tuple[int, int, str]]
             if a["tid"] == b["tid"]:
                 (a0, a1), (b0, b1) = sorted([(e["ts"], e["ts"] + e["dur"]) for e in (a, b)])
                 assert b0 >= a1 or b1 <= a1 or a0 == b0
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 12)), max_size=40))
+def test_an_event_takes_the_first_track_that_fits(items: list[tuple[int, int]]) -> None:
+    tracks: list[list[int]] = []
+    expected: list[int] = []
+    for start, wall in sorted(items, key=lambda item: (item[0], -item[1])):
+        number = 0
+        while True:
+            if number == len(tracks):
+                tracks.append([])
+            tracks[number] = [end for end in tracks[number] if end > start]
+            if not tracks[number] or tracks[number][-1] >= start + wall:
+                break
+            number += 1
+        tracks[number].append(start + wall)
+        expected.append(number + 1)
+    events = trace([scope("s", "main", start, wall) for start, wall in items])
+    assert [event["tid"] for event in events if event["ph"] == "X"] == expected
+
+
+def test_many_overlapping_scopes_take_little_time() -> None:
+    scopes = [scope("task", "loop", i * 1e-3, 1000.0) for i in range(20_000)]
+    began = time.process_time()
+    events = trace(scopes)
+    assert time.process_time() - began < 5
+    assert len({event["tid"] for event in events if event["ph"] == "X"}) == len(scopes)
 
 
 def test_the_file_is_json_with_the_documented_top_level(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The format is Google's "Trace Event Format": complete events (``X``), counters (
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 from typing import Any
@@ -26,14 +27,14 @@ def trace_events(recording: Recording) -> dict[str, Any]:
     """
     process = " ".join(recording.command) or "Python"
     events: list[dict[str, Any]] = [_metadata("process_name", 0, process)]
-    tracks: dict[tuple[str, int], _Track] = {}
+    threads: dict[str, _Tracks] = {}
+    ids: dict[tuple[str, int], int] = {}
     for scope in sorted(recording.scopes, key=lambda scope: (scope.start_s, scope.depth, -scope.wall_s)):
-        number = 0
-        while not (track := tracks.setdefault((scope.thread, number), _Track(len(tracks) + 1))).take(scope):
-            number += 1
-        events.append(_complete(scope, track.tid))
-    for (thread, number), track in tracks.items():
-        events.append(_metadata("thread_name", track.tid, f"{thread} ({number + 1})" if number else thread))
+        tracks = threads.setdefault(scope.thread, _Tracks())
+        number = tracks.place(scope.start_s, scope.start_s + scope.wall_s)
+        events.append(_complete(scope, ids.setdefault((scope.thread, number), len(ids) + 1)))
+    for (thread, number), tid in ids.items():
+        events.append(_metadata("thread_name", tid, f"{thread} ({number + 1})" if number else thread))
     for series in recording.series:
         events.extend(
             {
@@ -63,20 +64,57 @@ def save_trace(recording: Recording, path: str | os.PathLike[str]) -> None:
     write_atomically(path, json.dumps(trace_events(recording), allow_nan=False))
 
 
-class _Track:
-    """One row of the viewer, and the ends of the events that are open on it."""
+class _Tracks:
+    """The rows of one thread; each event goes to the first row where it is nested or alone.
 
-    def __init__(self, tid: int) -> None:
-        self.tid = tid
-        self._ends: list[float] = []
+    A tournament tree holds for each row the latest end that fits in: ``_fits[1]`` is the largest of all,
+    and row ``i`` is the leaf ``i`` of the lower half. So a row is found in the logarithm of their number.
+    """
 
-    def take(self, scope: ScopeRecord) -> bool:
-        end = scope.start_s + scope.wall_s
-        open_ends = [other for other in self._ends if other > scope.start_s]
-        if open_ends and open_ends[-1] < end - _EPSILON_S:
-            return False
-        self._ends = [*open_ends, end]
-        return True
+    def __init__(self) -> None:
+        self._open: list[list[float]] = [[]]
+        """Ends of the events that are open on each row, the innermost last."""
+        self._fits = [float("inf"), float("inf")]
+        self._ending: list[tuple[float, int]] = []
+
+    def place(self, start: float, end: float) -> int:
+        """The row of the next event, none of which may start before the last one."""
+        while self._ending and self._ending[0][0] <= start:
+            row = heapq.heappop(self._ending)[1]
+            ends = self._open[row]
+            while ends and ends[-1] <= start:
+                ends.pop()
+            self._update(row)
+        row = self._first_that_fits(end)
+        self._open[row].append(end)
+        heapq.heappush(self._ending, (end, row))
+        self._update(row)
+        return row
+
+    def _first_that_fits(self, end: float) -> int:
+        if self._fits[1] < end:
+            self._double()
+        node, leaves = 1, len(self._open)
+        while node < leaves:
+            node = 2 * node if self._fits[2 * node] >= end else 2 * node + 1
+        return node - leaves
+
+    def _update(self, row: int) -> None:
+        ends = self._open[row]
+        node = row + len(self._open)
+        self._fits[node] = ends[-1] + _EPSILON_S if ends else float("inf")
+        while node > 1:
+            node //= 2
+            self._fits[node] = max(self._fits[2 * node], self._fits[2 * node + 1])
+
+    def _double(self) -> None:
+        leaves = self._fits[len(self._open) :]
+        self._open.extend([] for _ in leaves[:])
+        levels = [leaves + [float("inf")] * len(leaves)]
+        while len(levels[0]) > 1:
+            below = levels[0]
+            levels.insert(0, [max(pair) for pair in zip(below[::2], below[1::2], strict=True)])
+        self._fits = [float("inf"), *(fit for level in levels for fit in level)]
 
 
 def _metadata(name: str, tid: int, value: str) -> dict[str, Any]:
