@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,39 @@ def test_a_device_is_not_replaced_by_a_file() -> None:
     with pytest.raises(OSError, match="not a regular file"):
         write_atomically("/dev/null", "text")
     assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions and links as POSIX has them")
+def test_a_link_is_followed_and_permissions_stay(tmp_path: Path) -> None:
+    secret, link, dangling = tmp_path / "secret", tmp_path / "link", tmp_path / "dangling"
+    secret.write_text("old")
+    secret.chmod(0o600)
+    link.symlink_to("secret")
+    dangling.symlink_to("new")
+    for path in (link, dangling):
+        write_atomically(path, "text")
+        assert path.is_symlink()
+        assert path.read_text() == "text"
+    assert secret.stat().st_mode & 0o777 == 0o600
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o666 & ~mask
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match="loop"):
+        write_atomically(loop, "text")
+    longest = tmp_path / ("n" * 255)
+    write_atomically(longest, "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["secret", "link", "dangling", "new", "loop", longest.name]
+    )
+
+
+def test_only_a_regular_file_of_some_size_is_read(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="not a regular file"):
+        Recording.load(tmp_path)
+    huge = tmp_path / "huge.json"
+    with huge.open("wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(RecordingError, match="larger than 1 GiB"):
+        Recording.load(huge)

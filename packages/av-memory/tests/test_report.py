@@ -74,6 +74,14 @@ def test_the_verdict_names_peak_time_scope_and_limit() -> None:
     assert "50% of the control group's limit (1.59 GB)" in text
 
 
+def test_values_below_what_can_be_seen_are_drawn() -> None:
+    for value in (5e-324, 1e-300, 0.009):
+        curve = Series("cpu", [0, 5e-324], [value, value])
+        page = report_html(recording(series=[curve], wall_s=0.0, limits={"limit_mb": value}))
+        assert "NaN" not in page
+        assert " MB</text>" in page
+
+
 def test_an_exact_peak_between_samples_is_the_verdict() -> None:
     scopes = [scope("train", 0, 4, 900, exact=True), scope("step", 3, 0.5, 900, depth=1, exact=True)]
     text = " ".join(verdict(recording(series=[CURVE], scopes=scopes)))

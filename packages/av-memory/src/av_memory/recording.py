@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import secrets
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -21,6 +22,7 @@ __all__ = ["Process", "Recording", "RecordingError", "ScopeRecord", "Series", "U
 _FORMAT = "av-memory-recording"
 _VERSION = 1
 _LARGEST = 1e15
+_MOST_BYTES = 2**30
 
 
 class RecordingError(ValueError):
@@ -146,8 +148,19 @@ class Recording:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recording:
-        """Read a recording from a file. Raises ``OSError`` or :class:`RecordingError`, naming the file."""
-        return cls.from_json(Path(path).read_bytes(), source=os.fspath(path))
+        """Read a recording from a regular file of at most 1 GiB.
+
+        Raises:
+            OSError: it cannot be read, or is a folder, a pipe or a device, which might have no end.
+            RecordingError: it is too large, or as for :meth:`from_json`; the message names the file.
+        """
+        mode_of_regular_file(path)
+        with open(path, "rb") as file:  # noqa: PTH123 (no Path, as below)
+            # Some files under /proc have no size and no end.
+            text = file.read(_MOST_BYTES + 1) if os.fstat(file.fileno()).st_size <= _MOST_BYTES else None
+        if text is None or len(text) > _MOST_BYTES:
+            raise RecordingError(f"{os.fspath(path)} is larger than {_MOST_BYTES >> 30} GiB")
+        return cls.from_json(text, source=os.fspath(path))
 
 
 def _recording_from(body: dict[str, Any]) -> Recording:
@@ -229,16 +242,21 @@ def _text(value: Any) -> str:
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file so that, whatever happens, the old content or the new one is there, never a part.
 
+    A symbolic link is followed, and a file that is there keeps its permissions.
+
     Raises:
         OSError: the folder is missing or not writable, or the disk is full; nothing is left behind. Also
             if the path is there and no regular file: a rename would replace ``/dev/null`` itself.
     """
-    target = Path(path)
-    if target.exists() and not target.is_file():
-        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    mode = mode_of_regular_file(path)
+    target = Path(os.path.realpath(path))
+    # A name of its own: the target's, made longer, could be longer than the system takes.
+    temporary = target.with_name(f".av-memory-{secrets.token_hex(8)}.tmp")
+    number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
     try:
-        with temporary.open("x", encoding="utf-8") as file:
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            if mode is not None:
+                temporary.chmod(mode)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -246,3 +264,17 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def mode_of_regular_file(path: str | os.PathLike[str]) -> int | None:
+    """Its permissions, ``None`` if nothing is there.
+
+    Raises ``OSError`` if something is there that is no regular file, or the path itself is impossible.
+    """
+    try:
+        status = os.stat(path)  # noqa: PTH116 (no Path: it drops a trailing slash, which means a folder)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return stat.S_IMODE(status.st_mode) & 0o777

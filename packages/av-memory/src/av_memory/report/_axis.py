@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+_LEAST_TOP_MB = 0.01
 _LONG_STEPS_S = (60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800, 43200, 86400)
 
 
@@ -26,7 +27,9 @@ def time_ticks(start_s: float, end_s: float, count: int = 7) -> list[tuple[float
 def top_of(peak_mb: float, limits_mb: list[float]) -> float:
     """The upper end of the memory axis: above the peak, and above a limit that is near it."""
     near = [limit for limit in limits_mb if 0 < limit <= 1.6 * peak_mb]
-    return max([peak_mb, *near, 0.0]) * 1.08 or 1.0
+    top_mb = max([peak_mb, *near, 0.0]) * 1.08
+    # Below this nothing can be seen, and a logarithm of what rounds to 0 would fail.
+    return top_mb if top_mb >= _LEAST_TOP_MB else 1.0
 
 
 def _round_step(rough: float) -> float:

@@ -177,6 +177,7 @@ def plot_data(timeline: Timeline) -> dict[str, Any]:
     """The same for the script: whole numbers, each curve as differences, which are short."""
     scopes = timeline.lanes.placed
     errors = sorted({scope.error for scope, _ in scopes if scope.error is not None})
+    number_of = {error: number for number, error in enumerate(errors, 1)}
     return {
         "span": timeline.span_s,
         "tick": _S_PER_TICK,
@@ -202,7 +203,7 @@ def plot_data(timeline: Timeline) -> dict[str, Any]:
             "wall": [round(scope.wall_s * 1e6) for scope, _ in scopes],
             "peak": [round(scope.cpu.peak_mb / _MB_PER_STEP) for scope, _ in scopes],
             "net": [round(scope.cpu.net_mb / _MB_PER_STEP) for scope, _ in scopes],
-            "error": [0 if scope.error is None else errors.index(scope.error) + 1 for scope, _ in scopes],
+            "error": [0 if scope.error is None else number_of[scope.error] for scope, _ in scopes],
         },
     }
 
