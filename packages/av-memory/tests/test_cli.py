@@ -115,11 +115,23 @@ def test_a_child_that_dies_at_once() -> None:
         (["/nonexistent/program"], 127),
         (["no-such-program-anywhere"], 127),
         (["/"], 126),
+        ([""], 127),
         ([__file__], 126),
     ],
 )
 def test_exit_codes(command: list[str], code: int) -> None:
     assert run("--", *command).returncode == code
+
+
+def test_more_processes_than_descriptors(tmp_path: Path) -> None:
+    script = "for i in $(seq 90); do sleep 1 & done; wait; exit 3"
+    command = [*AV_MEMORY, "run", "--json", str(tmp_path / "r.json"), "--", "sh", "-c", script]
+    limited = ["sh", "-c", 'ulimit -n 40; exec "$@"', "sh", *command]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+    assert "cannot" not in done.stderr
+    sleeps = [one for one in Recording.load(tmp_path / "r.json").processes if one.name == "sleep"]
+    assert len(sleeps) > 80
 
 
 def test_input_output_and_arguments_pass_through() -> None:
@@ -297,18 +309,44 @@ def test_misuse(arguments: list[str]) -> None:
 
 
 def test_outputs_are_tried_before_the_command_starts(tmp_path: Path) -> None:
-    witness = tmp_path / "ran"
+    witness, loop = tmp_path / "ran", tmp_path / "loop"
+    loop.symlink_to(loop)
     for options in (
         ["--html", tmp_path / "missing" / "p.html"],
         ["--json", tmp_path],
         ["--trace", "/dev/null"],
         ["--html", tmp_path / "same", "--json", tmp_path / "same"],
+        ["--html", tmp_path / ("n" * 300)],
+        ["--html", loop],
     ):
         done = run(*options, "--", "touch", witness)
         assert done.returncode == 2, done.stderr
         assert options[0] in done.stderr or str(options[1]) in done.stderr
+        assert "Traceback" not in done.stderr
     assert not witness.exists()
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [loop]
+
+
+@pytest.mark.parametrize("option", ["--json", "--html", "--trace"])
+def test_the_command_may_leave_no_working_directory(tmp_path: Path, option: str) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    done = run(option, "out", "--", "sh", "-c", f"rmdir {folder}; exit 7", cwd=folder)
+    assert done.returncode == 7
+    assert "cannot write out: No such file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_standard_error_the_output_is_the_commands_alone() -> None:
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *AV_MEMORY, "run", "--", "echo", "mine"]
+    assert subprocess.run(command, stdout=-1, text=True, timeout=60).stdout == "mine\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+def test_a_full_standard_error_costs_no_exit_code() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [*AV_MEMORY, "run", "--", "sh", "-c", "exit 7"]
+        assert subprocess.run(command, stderr=full, timeout=60).returncode == 7
 
 
 def test_a_report_that_cannot_be_written_costs_a_message_and_not_the_exit_code(tmp_path: Path) -> None:
@@ -393,6 +431,77 @@ def test_report_refuses_bad_files(saved: Path, tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         main(["report", str(saved), "--html", str(saved)])
     assert Recording.load(saved).scopes, "the recording was not overwritten"
+
+
+def test_names_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b]0;title\x07\u202e"
+    bad = tmp_path / f"{evil}.json"
+    assert main(["report", str(bad)]) == 2
+    scope = {"name": "s", "surprise\x1b[2J": 1, "cpu": {}, "gpus": {}, "tree": None}
+    bad.write_text(json.dumps({**Recording(1, 1, [], []).to_dict(), "scopes": [scope]}))
+    assert main(["report", str(bad)]) == 2
+    for words in (["report", str(bad), evil], ["run", "--html", f"/{evil}/p", "true"], [evil]):
+        with pytest.raises(SystemExit):
+            main(words)
+    Recording(1, 1, [], [], command=[evil]).to_json(bad)
+    assert main(["report", str(bad)]) == 0
+    printed = "".join(capsys.readouterr())
+    assert "\\x1b]0;title" in printed
+    assert not set(printed) & {"\x1b", "\x07", "\u202e"}
+
+
+def test_report_overwrites_neither_its_source_nor_its_other_output(saved: Path, tmp_path: Path) -> None:
+    before = saved.read_bytes()
+    (tmp_path / "link").symlink_to(saved)
+    (tmp_path / "hard").hardlink_to(saved)
+    page = str(tmp_path / "page")
+    for options in (
+        ["--trace", str(saved)],
+        ["--trace", str(tmp_path / "link")],
+        ["--html", str(tmp_path / "hard")],
+        ["--html", page, "--trace", str(tmp_path / "x" / ".." / "page")],
+        ["--trace", str(saved.with_suffix(".html"))],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["report", str(saved), *options])
+        assert stop.value.code == 2
+    assert saved.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {saved.name, "link", "hard"}
+
+
+def test_report_takes_regular_files_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe, loop = tmp_path / "pipe", tmp_path / "loop"
+    os.mkfifo(pipe)
+    loop.symlink_to(loop)
+    for source in (".", "/", "", str(pipe), str(loop), "/dev/zero", str(tmp_path), "n" * 300):
+        assert main(["report", source]) == 2
+        assert "cannot read" in capsys.readouterr().err
+
+
+def test_report_writes_the_page_whatever_becomes_of_its_output(saved: Path) -> None:
+    page = saved.with_suffix(".html")
+    for where, code, said in (
+        ("| true", 0, ""),
+        ("> /dev/full", 2, "cannot print: No space"),
+        (">&-", 0, ""),
+    ):
+        command = ["bash", "-c", f'set -o pipefail; "$@" {where}', "sh", *AV_MEMORY, "report", str(saved)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code, done.stderr
+        assert said in done.stderr
+        assert said or not done.stderr
+        page.unlink()
+
+
+def test_report_prints_where_only_ascii_can_be(saved: Path) -> None:
+    scope = ScopeRecord("grün", "MainThread", 0, 0, 1e-5, Usage(10, 60, 90))
+    Recording(1.7e9, 2.0, [], [scope]).to_json(saved)
+    command = [*AV_MEMORY, "report", str(saved)]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, timeout=60, env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert b"gr\\xfcn" in done.stdout
+    assert b"10 \\xb5s" in done.stdout
 
 
 def test_help_teaches_and_loads_nothing_heavy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -35,6 +36,14 @@ _AVERAGED, _LONGEST_PAUSE_S = 32, 0.25
 _CURVES_SHOWN, _CURVES_KEPT = 8, 64
 
 
+class NotStartedError(Exception):
+    """The command cannot be started; the cause is the system's error."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 @dataclass(frozen=True, slots=True)
 class Watched:
     """What came of it."""
@@ -58,7 +67,7 @@ def watch(command: Sequence[str], signals: Signals, *, interval_s: float, limit_
         limit_mb: end the whole tree when its memory passes this.
 
     Raises:
-        OSError: the command cannot be started.
+        NotStartedError: the command cannot be started.
     """
     return _Watch(command, signals, interval_s, limit_mb).run()
 
@@ -110,13 +119,18 @@ class _Watch:
         own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES
         created_unix_s = time.time()
         self._origin_ns = time.perf_counter_ns()
-        self._pid = os.posix_spawnp(
-            self._command[0],
-            self._command,
-            os.environ,
-            setsigmask=self._signals.outer_mask,
-            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores for itself
-        )
+        try:
+            if not self._command[0]:  # which Python takes for a mistake of its caller, not for a missing file
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            self._pid = os.posix_spawnp(
+                self._command[0],
+                self._command,
+                os.environ,
+                setsigmask=self._signals.outer_mask,
+                setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores for itself
+            )
+        except OSError as error:
+            raise NotStartedError(error) from error
         # Orphans come to this process, so everything below it, and nothing else, belongs to the command.
         self._tree = ProcessTree(os.getpid(), include_root=False) if adopts else ProcessTree(self._pid)
         self._pss_curve = GrowingSeries()

@@ -9,9 +9,9 @@ import os
 import secrets
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from av_memory._watch import Watched
@@ -65,11 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(arguments) if arguments.action == "run" else _report(arguments)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        from av_memory.report._format import one_line
+
+        # The message quotes the arguments, and a file's name can hold what steers a terminal.
+        super().error(one_line(message))
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "av-memory", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw
-    )
+    parser = _Parser("av-memory", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     run = actions.add_parser(
@@ -98,8 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     report = actions.add_parser(
         "report",
         help="turn a recording into a page",
-        description="Prints a table of the scopes in a recording, and writes it as a page.",
-        epilog="example:\n  av-memory report memory.json --html memory.html --trace memory.trace.json\n",
+        description="Writes a recording (of at most 1 GiB) as a page, and prints a table of its scopes.",
+        epilog="example:\n  av-memory report memory.json --html memory.html --trace memory.trace.json\n\n"
+        "exit code:\n  0; 2 for a wrong option, a file that is no recording, or output that fails\n",
         formatter_class=raw,
     )
     report.add_argument(
@@ -138,31 +145,29 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.fail("there is no COMMAND to run")
     if not hasattr(os, "posix_spawnp"):
         arguments.fail("run needs Linux or another POSIX system")
-    outputs: dict[str, Path] = {
-        kind: path for kind in ("json", "html", "trace") if (path := getattr(arguments, kind)) is not None
-    }
-    if len({path.resolve() for path in outputs.values()}) < len(outputs):
-        arguments.fail("--html, --json and --trace must name different files")
-    for kind, path in outputs.items():
-        problem = _why_not_writable(path)
+    outputs = _outputs(
+        arguments,
+        {kind: path for kind in ("json", "html", "trace") if (path := getattr(arguments, kind)) is not None},
+    )
+    for kind, output in outputs.items():
+        problem = _why_not_writable(output)
         if problem is not None:
-            arguments.fail(f"argument --{kind}: cannot write {path}: {problem}")
+            arguments.fail(f"argument --{kind}: cannot write {output.name}: {problem}")
 
     from av_memory._signals import Signals
-    from av_memory._watch import watch
+    from av_memory._watch import NotStartedError, watch
 
     with Signals() as signals:
         try:
             watched = watch(
                 command, signals, interval_s=arguments.interval_ms / 1000, limit_mb=arguments.limit
             )
-        except OSError as error:
-            _say(f"cannot run {shlex.quote(command[0])}: {error.strerror}")
-            return (
-                _NOT_FOUND if isinstance(error, FileNotFoundError | NotADirectoryError) else _NOT_EXECUTABLE
-            )
-        for kind, path in outputs.items():
-            _write(kind, watched.recording, path, title=shlex.join(command))
+        except NotStartedError as error:
+            _say(f"cannot run {shlex.quote(command[0])}: {error.cause.strerror}")
+            absent = isinstance(error.cause, FileNotFoundError | NotADirectoryError)
+            return _NOT_FOUND if absent else _NOT_EXECUTABLE
+        for kind, output in outputs.items():
+            _write(kind, watched.recording, output, title=shlex.join(command))
         if watched.reason is not None:
             _say(f"{shlex.quote(command[0])} was {watched.reason}")
         if not arguments.quiet:
@@ -170,12 +175,48 @@ def _run(arguments: argparse.Namespace) -> int:
     return watched.exit_code
 
 
-def _why_not_writable(path: Path) -> str | None:
+class _Output(NamedTuple):
+    """A file to be written."""
+
+    name: Path
+    """As the user gave it."""
+    target: Path
+    """Where that is, whatever becomes of the working directory."""
+
+
+def _outputs(
+    arguments: argparse.Namespace, paths: Mapping[str, Path], source: Path | None = None
+) -> dict[str, _Output]:
+    """Where the reports go; misuse if two of them, or one and the source, are the same file."""
+    outputs: dict[str, _Output] = {}
+    taken = {} if source is None else {"the recording": source}
+    for kind, path in paths.items():
+        for other, file in taken.items():
+            if _same_file(path, file):
+                arguments.fail(f"argument --{kind}: {path} is {other}: the outputs must be different files")
+        taken[f"--{kind} as well"] = path
+        try:
+            outputs[kind] = _Output(path, Path(os.path.realpath(path)))
+        except OSError as error:
+            arguments.fail(f"argument --{kind}: cannot write {path}: {error.strerror}")
+    return outputs
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    with contextlib.suppress(OSError):  # one of them is not there yet
+        return one.samefile(other)
+    with contextlib.suppress(OSError):  # there is no working directory: told when the path is resolved
+        return os.path.realpath(one) == os.path.realpath(other)
+    return False
+
+
+def _why_not_writable(output: _Output) -> str | None:
     """Try, as a look at permissions would miss read-only and full file systems."""
-    if path.exists() and not path.is_file():
-        return "it is not a regular file"
-    trial = path.resolve().parent / f".av-memory-{secrets.token_hex(4)}.tmp"
+    from av_memory.recording import mode_of_regular_file
+
+    trial = output.target.parent / f".av-memory-{secrets.token_hex(8)}.tmp"
     try:
+        mode_of_regular_file(output.name)
         trial.write_bytes(b"x")
     except OSError as error:
         return error.strerror
@@ -185,8 +226,8 @@ def _why_not_writable(path: Path) -> str | None:
     return None
 
 
-def _write(kind: str, recording: Recording, path: Path, *, title: str) -> bool:
-    target = path.resolve()
+def _write(kind: str, recording: Recording, output: _Output, *, title: str) -> bool:
+    target = output.target
     try:
         if kind == "json":
             recording.to_json(target)
@@ -199,13 +240,13 @@ def _write(kind: str, recording: Recording, path: Path, *, title: str) -> bool:
 
             save_trace(recording, target)
     except OSError as error:
-        _say(f"cannot write {path}: {error.strerror}")
+        _say(f"cannot write {output.name}: {error.strerror}")
         return False
     return True
 
 
 def _summarise(watched: Watched) -> None:
-    from av_memory.report._format import format_mb, format_s, one_line
+    from av_memory.report._format import format_mb, format_s
 
     recording = watched.recording
     peaks = {series.name: max(series.values_mb) for series in recording.series}
@@ -217,7 +258,7 @@ def _summarise(watched: Watched) -> None:
     parts += [f"wall {format_s(recording.wall_s)}", f"exit code {watched.exit_code}"]
     _say(", ".join(parts))
     for process in processes[:3]:
-        _say(f"  {format_mb(process.peak_rss_mb):>10}  {process.pid:>7}  {one_line(process.name)}")
+        _say(f"  {format_mb(process.peak_rss_mb):>10}  {process.pid:>7}  {process.name}")
     if len(processes) > 3:
         _say(f"  and {len(processes) - 3} more processes")
     if watched.still_running:
@@ -226,13 +267,9 @@ def _summarise(watched: Watched) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     from av_memory.recording import Recording, RecordingError
-    from av_memory.report._format import one_line
     from av_memory.report._summary import verdict
 
     source: Path = arguments.recording
-    page: Path = arguments.html or source.with_suffix(".html")
-    if page.resolve() == source.resolve():
-        arguments.fail(f"the page would overwrite {source}: say where it is to go with --html")
     try:
         recording = Recording.load(source)
     except OSError as error:
@@ -241,18 +278,16 @@ def _report(arguments: argparse.Namespace) -> int:
     except RecordingError as error:
         _say(str(error))
         return _MISUSE
-    for sentence in verdict(recording):
-        print(one_line(sentence))
-    for line in _table(recording):
-        print(line)
-    title = shlex.join(recording.command) or source.stem
-    written = _write("html", recording, page, title=title)
+    paths = {"html": arguments.html or source.with_suffix(".html")}
     if arguments.trace is not None:
-        written = _write("trace", recording, arguments.trace, title=title) and written
-    if not written:
-        return _MISUSE
-    print(f"Page: {page}")
-    return 0
+        paths["trace"] = arguments.trace
+    outputs = _outputs(arguments, paths, source)
+    title = shlex.join(recording.command) or source.stem
+    written = [_write(kind, recording, output, title=title) for kind, output in outputs.items()]
+    lines = [*verdict(recording), *_table(recording)]
+    if written[0]:
+        lines.append(f"Page: {outputs['html'].name}")
+    return 0 if _print(lines) and all(written) else _MISUSE
 
 
 def _table(recording: Recording) -> list[str]:
@@ -282,7 +317,37 @@ def _table(recording: Recording) -> list[str]:
     ]
 
 
+def _print(lines: Sequence[str]) -> bool:
+    """To standard output; false if it cannot be written. A reader that has seen enough is no failure."""
+    if sys.stdout is None:  # closed by whoever started this, who wants no text then
+        return True
+    try:
+        _emit(sys.stdout, lines)
+    except BrokenPipeError:
+        return True
+    except OSError as error:
+        _say(f"cannot print: {error.strerror}")
+        return False
+    return True
+
+
 def _say(text: str) -> None:
     # The terminal may have been closed; that must not cost the command's exit code.
     with contextlib.suppress(OSError):
-        print(f"av-memory: {text}", file=sys.stderr, flush=True)
+        if sys.stderr is not None:
+            _emit(sys.stderr, [f"av-memory: {text}"])
+
+
+def _emit(stream: TextIO, lines: Sequence[str]) -> None:
+    from av_memory.report._format import one_line
+
+    encoding = stream.encoding or "utf-8"
+    text = "".join(f"{one_line(line)}\n" for line in lines)
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except OSError:
+        # What is left in the buffer would fail again, and change the exit code, when the interpreter ends.
+        with contextlib.suppress(OSError), open(os.devnull, "w") as nothing:  # noqa: PTH123
+            os.dup2(nothing.fileno(), stream.fileno())
+        raise
