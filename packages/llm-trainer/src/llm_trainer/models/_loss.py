@@ -91,9 +91,9 @@ def linear_cross_entropy(
 
     The logits of a million (token, class) pairs, or of one token, are held at a time; a few copies of them
     in float32 (some 20 MB) are all that depends on the chunk. The gradients are computed in the forward pass
-    and kept until the backward: that of the weight in float32, V x D, with as much again while a chunk is
-    added to it. In half precision there are copies of the input and the weight too. Where torch computes no
-    gradients (`torch.no_grad`), there are none of these. Under autocast the products run in its dtype.
+    and kept until the backward: that of the weight in float32, V x D, with one to one and a half times as
+    much again while a chunk is added to it. Where torch computes no gradients (`torch.no_grad`), neither is
+    there. In half precision there are copies of the input and the weight too. Under autocast the products run in its dtype.
     A second derivative raises `RuntimeError`.
     """
     device = x_ND.device.type
