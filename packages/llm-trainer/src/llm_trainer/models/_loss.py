@@ -93,7 +93,8 @@ def linear_cross_entropy(
     in float32 (some 20 MB) are all that depends on the chunk. The gradients are computed in the forward pass
     and kept until the backward: that of the weight in float32, V x D, with one to one and a half times as
     much again while a chunk is added to it. Where torch computes no gradients (`torch.no_grad`), neither is
-    there. In half precision there are copies of the input and the weight too. Under autocast the products run in its dtype.
+    there. In half precision there are copies of the input and the weight too. Under autocast the
+    products run in its dtype.
     A second derivative raises `RuntimeError`.
     """
     device = x_ND.device.type
