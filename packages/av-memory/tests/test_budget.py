@@ -1,7 +1,12 @@
 """Budgets are kept, and the search finds the largest batch that fits."""
 
+import asyncio
+import contextlib
+import copy
 import gc
 import math
+import os
+import pickle
 import threading
 import time
 import warnings
@@ -110,6 +115,205 @@ def test_many_short_blocks_over_the_limit_never_leak_an_interruption():
         pass
 
 
+def spin(seconds: float = 10.0) -> None:
+    """Run Python code until an interruption comes, or fail."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    raise AssertionError("nothing stopped it")
+
+
+@pytest.mark.parametrize("where", ["main", "worker"])
+def test_a_thread_that_just_starts_is_not_taken_for_its_starter(run_fresh, where):
+    out = run_fresh(
+        f"""
+        import faulthandler, sys, threading, time
+        from av_memory import MemoryBudget, MemoryBudgetExceeded
+        faulthandler.dump_traceback_later(30, exit=True)
+        died = []
+        threading.excepthook = died.append
+        def work():
+            for _ in range(40):
+                end = time.monotonic() + 0.05
+                try:
+                    with MemoryBudget(1):
+                        while time.monotonic() < end:
+                            threading.Thread(target=lambda: None).start()
+                except (MemoryBudgetExceeded, RuntimeError):  # the interrupted start may say "only once"
+                    pass
+        if {where == "main"}:
+            work()
+        else:
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        print(len(died))
+        """
+    )
+    assert out.split() == ["0"]
+
+
+def test_the_exception_can_be_copied_and_pickled_with_its_figures_and_notes():
+    original = MemoryBudgetExceeded(30.0, 20.0)
+    original.add_note("in step 3")
+    again = pickle.loads(pickle.dumps(original))  # noqa: S301 (made in this line)
+    for twin in (copy.copy(original), copy.deepcopy(original), again):
+        assert type(twin) is MemoryBudgetExceeded
+        assert (twin.used_mb, twin.limit_mb, str(twin)) == (30.0, 20.0, str(original))
+        assert twin.__notes__ == ["in step 3"]
+
+
+def in_thread(function) -> None:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("run", [lambda function: function(), in_thread], ids=["main", "worker"])
+def test_blocks_inside_do_not_swallow_the_interruption_of_the_one_around_them(run):
+    outcome = []
+
+    def work() -> None:
+        for _ in range(8):
+            try:
+                with MemoryBudget(1) as outer:
+                    end = time.monotonic() + 0.5
+                    while time.monotonic() < end:
+                        with MemoryBudget(10**6):
+                            pass
+                    outcome.append("missed")
+            except MemoryBudgetExceeded as exceeded:
+                outcome.append(exceeded is outer.exceeded)
+
+    run(work)
+    assert outcome == [True] * 8
+
+
+@pytest.mark.parametrize("run", [lambda function: function(), in_thread], ids=["main", "worker"])
+def test_both_of_two_nested_blocks_interrupt(run):
+    arrived, kept = [], []
+    now = get_cpu_memory()
+
+    def work() -> None:
+        with contextlib.suppress(MemoryBudgetExceeded), MemoryBudget(now + 50), MemoryBudget(now + 250):
+            for _ in range(2):
+                try:
+                    kept.append(bytearray(150 * MB))
+                    spin(5)
+                except MemoryBudgetExceeded as exceeded:
+                    arrived.append(exceeded.limit_mb)
+
+    run(work)
+    assert arrived == [now + 50, now + 250]
+
+
+def test_a_thread_that_gets_the_number_of_an_ended_one_is_left_alone():
+    suspended, hits = [], []
+
+    def block():
+        with MemoryBudget(1):
+            yield
+
+    def abandon() -> None:
+        suspended.append(block())
+        next(suspended[-1])
+
+    def bystander() -> None:
+        try:
+            end = time.monotonic() + 0.02
+            while time.monotonic() < end:
+                pass
+        except MemoryBudgetExceeded:
+            hits.append("hit")
+
+    for _ in range(10):
+        in_thread(abandon)
+        in_thread(bystander)
+    for generator in suspended:
+        generator.close()
+    assert hits == []
+
+
+def test_a_block_that_was_left_in_another_thread_interrupts_nobody():
+    budget = MemoryBudget(get_cpu_memory() + 30)
+    budget.__enter__()
+    in_thread(lambda: budget.__exit__(None, None, None))
+    block = bytearray(80 * MB)
+    end = time.monotonic() + 0.03
+    while time.monotonic() < end:
+        pass
+    del block
+    assert budget.exceeded is None
+
+
+def test_within_an_event_loop_it_is_raised_at_the_end_and_other_tasks_go_on():
+    steps = []
+
+    async def bystander() -> str:
+        for _ in range(20):
+            await asyncio.sleep(0.002)
+            steps.append(1)
+        return "done"
+
+    async def budgeted() -> None:
+        with MemoryBudget(1):
+            await asyncio.sleep(0.03)
+            steps.append("reached the end")
+
+    async def both() -> list[object]:
+        return await asyncio.gather(budgeted(), bystander(), return_exceptions=True)
+
+    exceeded, other = asyncio.run(both())
+    assert isinstance(exceeded, MemoryBudgetExceeded)
+    assert other == "done"
+    assert "reached the end" in steps
+
+
+def test_a_block_around_an_event_loop_interrupts_it():
+    async def busy() -> None:
+        spin()
+
+    with pytest.raises(MemoryBudgetExceeded), MemoryBudget(1):
+        asyncio.run(busy())
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_may_leave_the_block():
+    with MemoryBudget(10**6):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                with MemoryBudget(10**6) as own:
+                    code = 0 if own.exceeded is None else 2
+            finally:
+                os._exit(code)
+        assert os.waitpid(pid, 0)[1] == 0
+    budget = MemoryBudget(1, lambda exceeded: None)
+    budget.__enter__()
+    pid = os.fork()
+    if pid == 0:
+        budget.__exit__(None, None, None)  # the thread that watched is not here
+        os._exit(7)
+    deadline = time.monotonic() + 10
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    budget.__exit__(None, None, None)
+    if ended == (0, 0):
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(ended[1]) == 7
+
+
+def test_without_a_thread_to_watch_it_is_raised_at_the_end(monkeypatch):
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(MemoryBudgetExceeded), MemoryBudget(1):
+        pass
+
+
 @pytest.mark.parametrize("limit", [0, -1, math.nan, math.inf, "100", None])
 def test_a_limit_that_is_no_positive_number_is_refused(limit):
     with pytest.raises(ValueError, match="limit_mb"):
@@ -165,6 +369,17 @@ def test_it_goes_by_type_and_other_errors_come_out_at_once():
 
     assert find_batch_size(plain, 8, errors=(RuntimeError,), steps=0) == 2
     assert sizes == [8, 4, 2]
+
+
+def test_errors_may_be_one_type_but_nothing_that_is_no_type():
+    def step(size: int) -> None:
+        if size > 3:
+            raise ZeroDivisionError
+
+    assert find_batch_size(step, 8, errors=ZeroDivisionError) == 3
+    for wrong in ("RuntimeError", (RuntimeError, 3), int):
+        with pytest.raises(TypeError, match="exception type"):
+            find_batch_size(step, 8, errors=wrong)
 
 
 def test_what_a_failure_kept_alive_is_gone_before_the_next_call():

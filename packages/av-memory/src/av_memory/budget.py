@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
+import os
 import sys
-import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Self, cast
 
+from av_memory._interrupt import Interruption, shield, take_due
 from av_memory._recorder import RECORDER, SAMPLE_INTERVAL_S
+from av_memory._threads import Bell, start_daemon
 from av_memory._units import BYTES_PER_MB, to_mb
 from av_memory.release import clear_memory
 
@@ -33,6 +33,9 @@ class MemoryBudgetExceeded(MemoryError):
             "free what is no longer needed, or raise the limit"
         )
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.used_mb, self.limit_mb), self.__dict__
+
 
 class MemoryBudget:
     """Watch the resident set of this process while a ``with`` block runs.
@@ -40,6 +43,14 @@ class MemoryBudget:
     The resident set is read every 5 ms. ``"raise"`` works like Ctrl-C: the exception is raised in the
     thread that entered the block, before its next Python instruction, so a single long call into native
     code first runs to its end. If the block has ended by then, the exception is raised as it is left.
+
+    It is raised at the block's end only where the block is entered while an asyncio event loop runs in
+    the thread (what it would interrupt there is the loop, and every task with it), where no thread can be
+    started to watch, and, up to Python 3.11, in a thread other than the main one that starts threads all
+    the time. A generator that is suspended inside of the block leaves the block open: the exception then
+    arrives in the thread that entered, wherever that is. If the block is left in another thread, nothing
+    is sent afterwards; what was sent before still arrives unless the block was entered in the main
+    thread. A forked child that leaves the block does nothing there.
 
     Args:
         limit_mb: the limit for the whole process, in MB of 2**20 bytes.
@@ -66,40 +77,51 @@ class MemoryBudget:
         self.on_exceed = on_exceed
         self.exceeded: MemoryBudgetExceeded | None = None
         """Set when the limit was passed in the last block."""
-        self._watch: threading.Thread | None = None
+        self._entered_by: int | None = None
+        """The process in which the block is open."""
 
     def __enter__(self) -> Self:
-        if self._watch is not None and self._watch.is_alive():
+        if self._entered_by == os.getpid():
             raise RuntimeError("this MemoryBudget is in use already; make one for each block")
+        RECORDER.read_rss()  # fails here rather than in the thread where memory cannot be read
         self.exceeded = None
         self._failure: BaseException | None = None
-        self._stop = threading.Event()
-        self._thread_id = threading.get_ident()
-        RECORDER.read_rss()  # fails here rather than in the thread where memory cannot be read
-        self._watch = threading.Thread(target=self._run, name="av-memory budget", daemon=True)
-        self._watch.start()
+        self._stop = Bell()
+        self._ended = Bell()
+        self._interruption = None if _event_loop_runs() else Interruption()
+        self._entered_by = os.getpid()
+        try:
+            self._watching = True
+            if start_daemon(self._run, "av-memory budget") is None:
+                self._watching = False
+        except BaseException:
+            self._entered_by = None
+            self._stop.ring()
+            raise
         return self
 
     def _run(self) -> None:
         limit_bytes = self.limit_mb * BYTES_PER_MB
-        while not self._stop.wait(SAMPLE_INTERVAL_S):
-            used = RECORDER.read_rss()
-            if used > limit_bytes:
-                self._exceed(used)
-                return
+        try:
+            while not self._stop.wait(SAMPLE_INTERVAL_S):
+                used = RECORDER.read_rss()
+                if used > limit_bytes:
+                    self._exceed(used)
+                    if self.on_exceed == "raise" and self._interruption is not None:
+                        self._interruption.send(cast(MemoryBudgetExceeded, self.exceeded), self._stop.wait)
+                    return
+        except BaseException as failure:  # noqa: BLE001 (comes out where the block is left)
+            self._failure = failure
+        finally:
+            self._watching = False
+            self._ended.ring()
 
     def _exceed(self, used_bytes: int) -> None:
         self.exceeded = exceeded = MemoryBudgetExceeded(to_mb(used_bytes), self.limit_mb)
-        try:
-            if callable(self.on_exceed):
-                self.on_exceed(exceeded)
-            elif self.on_exceed == "warn":
-                warnings.warn(str(exceeded), ResourceWarning, stacklevel=1)
-            elif threading.get_ident() != self._thread_id:
-                # The last thing that this thread does: nothing waits for it while this has not arrived.
-                _raise_in(self._thread_id, MemoryBudgetExceeded)
-        except BaseException as failure:  # noqa: BLE001 (comes out where the block is left)
-            self._failure = failure
+        if callable(self.on_exceed):
+            self.on_exceed(exceeded)
+        elif self.on_exceed == "warn":
+            warnings.warn(str(exceeded), ResourceWarning, stacklevel=1)
 
     def __exit__(
         self,
@@ -107,38 +129,55 @@ class MemoryBudget:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._end_watch()
+        if self._entered_by != os.getpid():
+            return
+        outer = self._end_watch() or take_due()
+        self._entered_by = None
         if self.exceeded is None and (used := RECORDER.read_rss()) > self.limit_mb * BYTES_PER_MB:
             self._exceed(used)
         if self._failure is not None:
             raise self._failure
-        exceeded = self.exceeded if self.on_exceed == "raise" else None
-        if exceeded is not None and (kind is None or isinstance(error, MemoryBudgetExceeded)):
-            # The one that arrived from the other thread carries no figures; this one does.
-            raise exceeded.with_traceback(trace) from None
+        if outer is not None:
+            raise outer
+        if kind is None and self.exceeded is not None and self.on_exceed == "raise":
+            raise self.exceeded
 
-    def _end_watch(self) -> None:
+    def _end_watch(self) -> MemoryBudgetExceeded | None:
         """Stop watching, and let an interruption that is on its way arrive here.
 
-        Taking it back instead (a null exception for ``PyThreadState_SetAsyncExc``) leaves the flag that
-        announces it set for good, up to Python 3.12, on which 3.11 loops forever under a tracer. For the
-        same reason nothing blocks here: an interruption only arrives between Python instructions.
+        Returns the one of a block around this one, if that is what arrived.
         """
-        watch = self._watch
-        while watch is not None:
+        outer: MemoryBudgetExceeded | None = None
+        while True:
             try:
-                self._stop.set()
-                while watch.is_alive():
-                    time.sleep(0)
-                for _ in range(100):
-                    pass
-                watch = None
-            except MemoryBudgetExceeded:
-                continue
+                if self._interruption is not None:
+                    self._interruption.cancelled = True
+                self._stop.ring()
+                while self._watching:
+                    self._ended.wait(0.01)
+                if self._interruption is not None:
+                    self._interruption.settle()
+                return outer
+            except MemoryBudgetExceeded as arrived:
+                if arrived is not self.exceeded:
+                    outer = arrived
 
 
-def _raise_in(thread_id: int, kind: type[BaseException]) -> None:
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), ctypes.py_object(kind))
+# An exception that arrived before their first or last line would leave a block open that nobody leaves.
+shield(MemoryBudget.__enter__)
+shield(MemoryBudget.__exit__)
+
+
+def _event_loop_runs() -> bool:
+    """Whether this thread runs an asyncio event loop now."""
+    get_running_loop = getattr(sys.modules.get("asyncio"), "get_running_loop", None)
+    if get_running_loop is None:  # not imported, or by another thread at this moment
+        return False
+    try:
+        get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def out_of_memory_errors() -> tuple[type[BaseException], ...]:
@@ -156,7 +195,7 @@ def find_batch_size(
     *,
     minimum: int = 1,
     steps: int = 3,
-    errors: tuple[type[BaseException], ...] = (),
+    errors: type[BaseException] | tuple[type[BaseException], ...] = (),
 ) -> int:
     """Find the largest batch size, up to ``start``, with which a function does not run out of memory.
 
@@ -171,24 +210,29 @@ def find_batch_size(
         start: largest size to try, at least ``minimum``.
         minimum: smallest size to try, at least 1.
         steps: calls after the first that worked; 0 only halves.
-        errors: exception types that count as running out of memory, besides ``MemoryError`` (of which
-            :class:`MemoryBudgetExceeded` is one) and torch's ``OutOfMemoryError``. torch raises a plain
-            ``RuntimeError`` when the processor's memory runs out: give ``(RuntimeError,)`` to include
-            it, at the risk of taking other errors for it.
+        errors: exception type, or a tuple of them, that counts as running out of memory, besides
+            ``MemoryError`` (of which :class:`MemoryBudgetExceeded` is one) and torch's
+            ``OutOfMemoryError``. torch raises a plain ``RuntimeError`` when the processor's memory runs
+            out: give ``RuntimeError`` to include it, at the risk of taking other errors for it.
 
     Returns:
         The largest size that was seen to work.
 
     Raises:
         ValueError: a size or number of steps is out of range.
+        TypeError: ``errors`` has something else than exception types in it.
         BaseException: what ``function`` raised with ``minimum``, or anything else that it raised.
     """
     for name, value, least in (("minimum", minimum, 1), ("start", start, minimum), ("steps", steps, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} is {value!r}; it has to be an integer of at least {least}")
+    kinds = (*out_of_memory_errors(), *(errors if isinstance(errors, tuple) else (errors,)))
+    for kind in kinds:
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            raise TypeError(f"errors has {kind!r} in it; it has to be an exception type or a tuple of them")
     works, fails, size = 0, start + 1, start
     while True:
-        failure = _attempt(function, size, (*out_of_memory_errors(), *errors))
+        failure = _attempt(function, size, kinds)
         if failure is None:
             works = size
         elif size == minimum:
