@@ -196,9 +196,9 @@ def test_both_of_two_nested_blocks_interrupt(run):
 
     def work() -> None:
         with contextlib.suppress(MemoryBudgetExceeded), MemoryBudget(now + 50), MemoryBudget(now + 250):
-            for _ in range(2):
+            for size in (150, 400):
                 try:
-                    kept.append(bytearray(150 * MB))
+                    kept.append(bytearray(size * MB))
                     spin(5)
                 except MemoryBudgetExceeded as exceeded:
                     arrived.append(exceeded.limit_mb)

@@ -17,3 +17,17 @@ def test_extremes_and_order_survive_and_size_is_bounded(values: list[int]):
     assert min(kept) == min(values)
     assert all(values[round(time * 1e9)] == value for time, value in zip(times, kept, strict=True))
     assert kept[-1] == values[-1] or len(values) >= 16
+
+
+def test_a_writer_that_interrupts_a_merge_loses_and_mixes_up_nothing():
+    class Interrupting(GrowingSeries):
+        def _halve(self) -> None:
+            super().append(100, 10_000)  # as a signal handler does
+            super()._halve()
+
+    series = Interrupting(capacity=16)
+    for time in range(200):
+        series.append(time, 100 * time)
+        assert len(series) <= 16
+    times, values = series.points(0, 1.0)
+    assert all(round(t * 1e9) * 100 == v for t, v in zip(times, values, strict=True))

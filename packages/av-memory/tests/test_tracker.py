@@ -446,3 +446,145 @@ def test_tracking_does_not_change_a_computation():
     with MemoryTracker("compute", tree=True, high_water=True):
         tracked = compute()
     assert torch.equal(plain, tracked)
+
+
+def test_signal_handlers_and_finalisers_may_use_it_at_any_moment(run_fresh):
+    out = run_fresh(
+        """
+        import faulthandler, gc, signal, time
+        import av_memory
+        from av_memory import MemoryTracker
+        faulthandler.dump_traceback_later(30, exit=True)
+        av_memory.get_memory_stats()  # imports psutil, which a handler must not find half done
+        handled = finalised = passed = 0
+        def handle(*_):
+            global handled
+            handled += 1
+            with MemoryTracker("handler"):
+                av_memory.get_memory_stats()
+            if handled % 50 == 0:
+                av_memory.to_json()
+        class Cycle:
+            def __init__(self): self.me = self
+            def __del__(self):
+                global finalised
+                finalised += 1
+                with MemoryTracker("finaliser"): pass
+        signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        gc.set_threshold(10)
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            Cycle()
+            passed += 1
+            with MemoryTracker("main"): pass
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        gc.collect()
+        scopes = av_memory.get_memory_stats().scopes
+        assert scopes["main"].count == passed
+        assert scopes["handler"].count == handled > 20
+        assert scopes["finaliser"].count == finalised > 20
+        """
+    )
+    assert out == ""
+
+
+def test_a_lock_that_is_held_by_the_interrupted_code_lets_its_thread_in():
+    from av_memory._recorder import RECORDER
+
+    done = threading.Event()
+
+    def interrupted() -> None:
+        with RECORDER._lock, RECORDER._tree_lock:  # where a handler may run
+            with MemoryTracker("handler", tree=True):
+                pass
+            get_memory_stats()
+            av_memory.to_json()
+        done.set()
+
+    threading.Thread(target=interrupted, daemon=True).start()
+    assert done.wait(20)
+
+
+def test_without_threads_scopes_go_on_and_are_sampled_once_there_are_some(run_fresh):
+    out = run_fresh(
+        """
+        import threading, time
+        from av_memory import MemoryTracker
+        start = threading.Thread.start
+        def refuse(thread): raise RuntimeError("can't start new thread")
+        threading.Thread.start = refuse
+        with MemoryTracker("without", tree=True) as without: pass
+        threading.Thread.start = start
+        with MemoryTracker("with") as tracker:
+            block = bytearray(100 * 2**20)
+            time.sleep(0.05)
+            del block
+            time.sleep(0.02)
+        started = any(thread.name == "av-memory" for thread in threading.enumerate())
+        print(without.result.depth, tracker.result.depth, started)
+        """
+    )
+    assert out.split() == ["0", "0", "True"]
+
+
+def test_it_may_be_used_first_while_the_interpreter_ends(run_fresh):
+    out = run_fresh(
+        """
+        import atexit
+        from av_memory import MemoryTracker
+        def last():
+            with MemoryTracker("exit"): print("exit")
+        atexit.register(last)
+        class Last:
+            def __del__(self):
+                with MemoryTracker("finaliser"): print("finaliser")
+        kept = Last()
+        """
+    )
+    assert out.split() == ["exit", "finaliser"]
+
+
+def test_the_sampler_survives_a_want_of_memory(monkeypatch):
+    from av_memory._recorder import RECORDER
+
+    def refuse(ticks: int) -> None:
+        raise MemoryError
+
+    with MemoryTracker("wake"), monkeypatch.context() as patch:
+        patch.setattr(RECORDER, "_sample", refuse)
+        time.sleep(0.03)
+    with MemoryTracker("after") as tracker:
+        hold(80, 0.05)
+    assert tracker.result.cpu.peak_mb - tracker.result.cpu.start_mb == pytest.approx(80, abs=4)
+
+
+def test_depth_counts_a_scope_that_is_open_past_closed_ones_between():
+    a, b, c, d = (MemoryTracker(name) for name in "abcd")
+    for tracker in (a, b, c):
+        tracker.__enter__()
+    b.__exit__(None, None, None)
+    c.__exit__(None, None, None)
+    with d:
+        pass
+    a.__exit__(None, None, None)
+    assert [tracker.result.depth for tracker in (a, b, c, d)] == [0, 1, 2, 1]
+
+
+def test_a_tree_that_cannot_be_read_leaves_the_code_alone(monkeypatch):
+    def refuse(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("av_memory.probes.ProcessTree.refresh", refuse)
+        with MemoryTracker("never", tree=True) as never:
+            time.sleep(0.02)
+    assert never.result.tree is None
+    with MemoryTracker("not at the end", tree=True) as tracker, monkeypatch.context() as patch:
+        patch.setattr("av_memory.probes.ProcessTree.rss_bytes", refuse)
+        tracker.__exit__(None, None, None)
+        assert tracker.result.tree is None
+        tracker.__enter__()
+    with MemoryTracker("again", tree=True) as again:
+        pass
+    assert again.result.tree.peak_mb > 0

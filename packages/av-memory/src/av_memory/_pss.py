@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 
+from av_memory._threads import Bell, start_daemon
 from av_memory.probes import ProcessTree
 
 READING_SHARE = 80
@@ -29,24 +29,25 @@ class PssReader:
         """When the last finished reading began (``perf_counter``), and what it gave."""
         self._tree = tree
         self._on_reading = on_reading
-        self._wanted = threading.Event()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._read_on, name="av-memory pss", daemon=True)
-        self._thread.start()
+        self._wanted = Bell()
+        self._stopped = Bell()
+        self._stopping = False
+        self._thread = start_daemon(self._read_on, "av-memory pss")
 
     def want(self) -> None:
         """Have the next reading taken early."""
-        self._wanted.set()
+        self._wanted.ring()
 
     def stop(self, wait_s: float = 0.0) -> None:
         """Take no further reading, and wait for one under way if asked to."""
-        self._stopped.set()
-        self._wanted.set()
-        if wait_s > 0:
+        self._stopping = True
+        self._stopped.ring()
+        self._wanted.ring()
+        if wait_s > 0 and self._thread is not None:
             self._thread.join(wait_s)
 
     def _read_on(self) -> None:
-        while not self._stopped.is_set():
+        while not self._stopping:
             # Processor time, as wall time would also count a wait for a lock or a busy processor.
             began_s, began_cpu_s = time.perf_counter(), time.thread_time()
             pss = self._tree.pss_bytes()
@@ -55,6 +56,6 @@ class PssReader:
                 self._on_reading(time.perf_counter_ns(), pss)
             cost_s = time.thread_time() - began_cpu_s
             # Even when they are wanted, readings take at most a fifth of a processor.
-            self._stopped.wait(4 * cost_s)
+            if self._stopped.wait(4 * cost_s):
+                return
             self._wanted.wait(max(_INTERVAL_S, READING_SHARE * cost_s))
-            self._wanted.clear()

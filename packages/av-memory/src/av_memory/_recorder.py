@@ -2,11 +2,19 @@
 
 A scope costs a few microseconds because entering and leaving only take one reading each and touch no
 system call but that; a parked thread is woken only if none has sampled within the last tenth of a
-second. Values are bytes and nanoseconds here; they become MB and seconds where they leave.
+second.
+
+A signal handler, or a finaliser that the garbage collector runs, may use the recorder in the thread that
+it interrupts, also in the middle of what happens under a lock here. So the locks let their thread in
+again, no other lock is taken under them that does not, and each step leaves a state that others can work
+with: what is shared changes in one operation, or is read and written with no call in between.
+
+Values are bytes and nanoseconds here; they become MB and seconds where they leave.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import threading
@@ -17,9 +25,11 @@ from time import perf_counter_ns
 
 from av_memory._pss import PssReader
 from av_memory._series import GrowingSeries
+from av_memory._threads import Bell, start_daemon
 from av_memory._units import BYTES_PER_MB, to_mb
 from av_memory.probes import (
     GpuMemory,
+    MemoryProbeError,
     ProcessTree,
     RssProbe,
     cgroup_memory,
@@ -146,42 +156,49 @@ class Totals:
         self.count += 1
         peak = scope.peak_bytes
         self.peak_sum += peak
-        self.peak_max = max(self.peak_max, peak)
+        if peak > self.peak_max:
+            self.peak_max = peak
         self.net_sum += scope.end_bytes - scope.start_bytes
         self.wall_ns_sum += scope.end_ns - scope.start_ns
         if scope.gpu_peaks:
-            self.gpu_peak_max = max(self.gpu_peak_max, *scope.gpu_peaks.values())
+            gpu_peak = max(scope.gpu_peaks.values())
+            if gpu_peak > self.gpu_peak_max:
+                self.gpu_peak_max = gpu_peak
 
 
 class Recorder:
     """See the module's text. One instance a process; a forked child starts with an empty one."""
 
     def __init__(self) -> None:
+        self._ending = False
         self._start_afresh()
 
     def _start_afresh(self) -> None:
-        self._lock = threading.Lock()
-        self._tree_lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._tree_lock = threading.RLock()
         self._probe: RssProbe | None = None
         self._sampler: threading.Thread | None = None
         self._awake = False
-        self._wake = threading.Event()
+        self._wake = Bell()
         self._open: list[Scope] = []
         self._tree: ProcessTree | None = None
         self._pss: PssReader | None = None
+        self._tree_in_use = False
+        self._tree_rss: int | None = None
+        self._tree_scopes: set[Scope] = set()
         self._process_peak = 0
         self._high_water_is_ours = True
         self._gpu_process_peaks: dict[int, int] = {}
         self._forget()
 
     def _forget(self) -> None:
-        self.created_unix_s = time.time()
-        self.origin_ns = perf_counter_ns()
         self._cpu = GrowingSeries()
         self._others: dict[str, GrowingSeries] = {}
         self._closed: deque[Scope] = deque(maxlen=_KEPT_SCOPES)
         self._closed_count = 0
         self.totals: dict[str, Totals] = {}
+        self.created_unix_s = time.time()
+        self.origin_ns = perf_counter_ns()
 
     def forget(self) -> None:
         """Drop what was recorded; open scopes stay open and are recorded when they close."""
@@ -193,6 +210,14 @@ class Recorder:
         if self._probe is not None:
             self._probe.close()
         self._start_afresh()
+
+    def end(self) -> None:
+        """Let the sampler come to its end: one that is stopped with the interpreter keeps its lock."""
+        self._ending = True
+        sampler = self._sampler
+        if sampler is not None:
+            self._wake.ring()
+            sampler.join(0.1)
 
     def read_rss(self) -> int:
         """The resident set now, in bytes."""
@@ -209,26 +234,39 @@ class Recorder:
         if initialised_cuda() is not None:
             scope.gpu_start = gpu_memory()
             scope.see_gpus(scope.gpu_start)
-        if tree:
-            scope.tree_start = scope.tree_peak = self._read_tree()
-        rss = self.read_rss()
-        with self._lock:
-            open_scopes = self._open
-            if open_scopes:
-                scope.alone = False
-                for other in open_scopes:
-                    other.alone = False
-            elif high_water:
-                self._fold_process_peaks()
-                self._reset_peaks()
-            scope.start_bytes = scope.peak_bytes = rss
-            scope.start_lifetime_peak = lifetime_peak_bytes()
-            open_scopes.append(scope)
-            if not self._awake:
-                self._wake_sampler()
-            now = scope.start_ns = perf_counter_ns()
-            self._cpu.append(now, rss)
+        try:
+            if tree:
+                self._tree_scopes.add(scope)
+                scope.tree_start = self._read_tree()
+                scope.tree_peak = scope.tree_start or 0
+            rss = self.read_rss()
+            with self._lock:
+                scope.start_bytes = scope.peak_bytes = rss
+                scope.start_lifetime_peak = lifetime_peak_bytes()
+                open_scopes = self._open
+                open_scopes.append(scope)
+                if len(open_scopes) > 1:
+                    for other in open_scopes.copy():
+                        other.alone = False
+                elif high_water:
+                    self._fold_process_peaks()
+                    self._reset_peaks()
+                    scope.start_lifetime_peak = lifetime_peak_bytes()
+                if not self._awake:
+                    self._wake_sampler()
+                now = scope.start_ns = perf_counter_ns()
+                self._cpu.append(now, rss)
+        except BaseException:
+            self._give_up(scope)
+            raise
         return scope
+
+    def _give_up(self, scope: Scope) -> None:
+        scope.end_ns = perf_counter_ns()
+        _current.set(_innermost_open(scope.parent))
+        with self._lock, contextlib.suppress(ValueError):
+            self._open.remove(scope)
+        self._let_go_of_tree(scope)
 
     def close_scope(self, scope: Scope, error: type[BaseException] | None) -> None:
         rss = self.read_rss()
@@ -238,17 +276,26 @@ class Recorder:
             scope.gpu_end = gpu_memory()
             scope.see_gpus(scope.gpu_end)
         if scope.tree_start is not None:
-            scope.tree_end = self._read_tree()
-        # Scopes may be left in any order, and in another thread or task than they were entered in.
+            tree_end = self._read_tree()
+            if tree_end is None:
+                scope.tree_start = None
+            else:
+                scope.tree_end = tree_end
+        # Scopes may be left in any order, and in another thread or task than they were entered in. What a
+        # scope that was entered inside of this one goes back to must not be lost, nor grow to a chain.
+        parent = scope.parent
+        if parent is not None and parent.end_ns != 0:
+            parent = scope.parent = _innermost_open(parent)
         if _current.get() is scope:
-            _current.set(scope.parent)
+            _current.set(parent)
         with self._lock:
-            scope.end_ns = now
             scope.end_bytes = rss
             scope.error = None if error is None else error.__name__
-            if scope not in self._open:
-                return  # entered before a fork, left in the child: the parent records it
-            self._open.remove(scope)
+            try:
+                self._open.remove(scope)
+            except ValueError:  # entered before a fork, left in the child: the parent records it
+                scope.end_ns = now
+                return
             if rss > scope.peak_bytes:
                 scope.peak_bytes = rss
             if lifetime_peak > scope.start_lifetime_peak:
@@ -260,50 +307,49 @@ class Recorder:
                 if high_water is not None and self._high_water_is_ours:
                     scope.peak_bytes = max(scope.peak_bytes, high_water)
                     scope.exact = True
-            scope.parent = None
+            scope.end_ns = now
             self._cpu.append(now, rss)
-            self._closed.append(scope)
             self._closed_count += 1
+            self._closed.append(scope)
             totals = self.totals.get(scope.name)
             if totals is None:
                 name = scope.name if len(self.totals) < _KEPT_NAMES else _OTHER_NAMES
                 totals = self.totals.setdefault(name, Totals())
             totals.add(scope)
-            last_tree = scope.tree_start is not None and all(s.tree_start is None for s in self._open)
-        if last_tree:
-            self._drop_tree()
+        if self._tree_scopes:
+            self._let_go_of_tree(scope)
 
     # The sampler
 
     def _wake_sampler(self) -> None:
         self._awake = True
-        if self._sampler is None:
-            self._sampler = threading.Thread(target=self._sample_forever, name="av-memory", daemon=True)
-            self._sampler.start()
-        else:
-            self._wake.set()
+        if self._sampler is not None:
+            self._wake.ring()
+        elif not self._ending:
+            self._sampler = start_daemon(self._sample_forever, "av-memory")
+            self._awake = self._sampler is not None  # else the next scope tries again
 
     def _sample_forever(self) -> None:
         ticks = idle_ticks = 0
-        while True:
-            time.sleep(SAMPLE_INTERVAL_S)
-            ticks += 1
-            if self._open:
-                idle_ticks = 0
-                # A reading that fails is left out: a curve with a hole is better than a dead thread.
-                with contextlib.suppress(Exception):
-                    self._sample(ticks)
-                continue
-            idle_ticks += 1
-            if idle_ticks < _TICKS_UNTIL_PARKED:
-                continue
-            with self._lock:
+        while not self._ending:
+            # A reading that fails is left out: a curve with a hole is better than a dead thread.
+            with contextlib.suppress(Exception):
+                time.sleep(SAMPLE_INTERVAL_S)
+                ticks += 1
+                idle_ticks = 0 if self._open else idle_ticks + 1
                 if self._open:
-                    continue
-                self._awake = False
-                self._wake.clear()
-            self._wake.wait()
-            idle_ticks = 0
+                    self._sample(ticks)
+                elif idle_ticks >= _TICKS_UNTIL_PARKED and self._park():
+                    self._wake.wait()
+                    idle_ticks = 0
+
+    def _park(self) -> bool:
+        with self._lock:
+            if self._open or self._ending:
+                return False
+            self._wake.wait(0)  # uses up a ring that came while this thread was awake
+            self._awake = False
+            return True
 
     def _sample(self, ticks: int) -> None:
         rss = self.read_rss()
@@ -315,7 +361,7 @@ class Recorder:
             self._cpu.append(now, rss)
             for index, reading in gpus.items():
                 self._append(f"cuda:{index}", now, reading.allocated_bytes)
-            for scope in self._open:
+            for scope in self._open.copy():
                 if rss > scope.peak_bytes:
                     scope.peak_bytes = rss
                 if gpus:
@@ -326,20 +372,29 @@ class Recorder:
     def _append(self, name: str, now: int, value: int) -> None:
         self._others.setdefault(name, GrowingSeries()).append(now, value)
 
-    def _read_tree(self, *, make: bool = True, refresh: bool = True) -> int:
+    def _read_tree(self, *, make: bool = True, refresh: bool = True) -> int | None:
+        """Read the sum of resident sets; ``None`` where it cannot be had, such as for want of descriptors."""
         with self._tree_lock:
-            if self._tree is None:
-                if not make:
-                    return 0
-                self._tree = ProcessTree()
-                self._pss = PssReader(self._tree, self._see_pss)
-            elif refresh:
-                self._tree.refresh()
-            rss = self._tree.rss_bytes()
+            if self._tree_in_use:  # by what this call interrupts
+                return self._tree_rss
+            self._tree_in_use = True
+            try:
+                if self._tree is None:
+                    if not make:
+                        return None
+                    self._tree = ProcessTree()
+                    self._pss = PssReader(self._tree, self._see_pss)
+                elif refresh:
+                    self._tree.refresh()
+                self._tree_rss = rss = self._tree.rss_bytes()
+            except (OSError, MemoryProbeError):
+                return None
+            finally:
+                self._tree_in_use = False
         now = perf_counter_ns()
         with self._lock:
             self._append("tree rss", now, rss)
-            for scope in self._open:
+            for scope in self._open.copy():
                 if scope.tree_start is not None:
                     scope.tree_peak = max(scope.tree_peak, rss)
         return rss
@@ -347,16 +402,21 @@ class Recorder:
     def _see_pss(self, now: int, pss: int) -> None:
         with self._lock:
             self._append("tree pss", now, pss)
-            for scope in self._open:
+            for scope in self._open.copy():
                 if scope.tree_start is not None:
                     scope.tree_pss_peak = max(scope.tree_pss_peak or 0, pss)
 
-    def _drop_tree(self) -> None:
+    def _let_go_of_tree(self, scope: Scope) -> None:
+        self._tree_scopes.discard(scope)
         with self._tree_lock:
-            if self._tree is not None and self._pss is not None:
-                self._pss.stop()
-                self._tree.close()
-            self._tree = self._pss = None
+            if self._tree_scopes or self._tree_in_use:
+                return
+            tree, self._tree = self._tree, None
+            pss, self._pss = self._pss, None
+            if pss is not None:
+                pss.stop()
+            if tree is not None:
+                tree.close()
 
     # Peaks of the whole process
 
@@ -367,7 +427,9 @@ class Recorder:
             kernel = None
         elif kernel is None:
             kernel = lifetime_peak_bytes()
-        self._process_peak = max(self._process_peak, kernel or 0, self.read_rss())
+        peak = max(kernel or 0, self.read_rss())
+        if peak > self._process_peak:
+            self._process_peak = peak
         for index, reading in gpu_memory().items():
             seen = self._gpu_process_peaks.get(index, 0)
             self._gpu_process_peaks[index] = max(seen, reading.peak_allocated_bytes)
@@ -391,7 +453,7 @@ class Recorder:
             rss = self.read_rss()
             lifetime_peak = lifetime_peak_bytes()
             gpus = gpu_memory()
-            for scope in self._open:
+            for scope in self._open.copy():
                 if lifetime_peak > scope.start_lifetime_peak:
                     scope.peak_bytes = max(scope.peak_bytes, lifetime_peak)
                 for index, reading in gpus.items():
@@ -410,7 +472,7 @@ class Recorder:
             closed = list(self._closed)
             series = [
                 Series(name, *curve.points(self.origin_ns, BYTES_PER_MB))
-                for name, curve in [("cpu", self._cpu), *self._others.items()]
+                for name, curve in [("cpu", self._cpu), *self._others.copy().items()]
                 if len(curve) > 0
             ]
         return Recording(
@@ -433,5 +495,6 @@ def known_limits() -> dict[str, float]:
 
 
 RECORDER = Recorder()
+atexit.register(RECORDER.end)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=RECORDER.after_fork_in_child)

@@ -15,38 +15,45 @@ class GrowingSeries:
         capacity: points kept at most; a multiple of four.
     """
 
-    __slots__ = ("_capacity", "_times_ns", "_values")
+    __slots__ = ("_capacity", "_halving", "_points")
 
     def __init__(self, capacity: int = 65536) -> None:
         self._capacity = capacity
-        self._times_ns = array("q")
-        self._values = array("q")
+        # Time, value, time, value ...: what interrupts the program between two operations, such as a
+        # signal handler that adds points of its own, finds no time without its value.
+        self._points = array("q")
+        self._halving = False
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._points) // 2
 
     def append(self, time_ns: int, value_bytes: int) -> None:
-        """Add a point. The caller holds the lock that orders writers."""
-        self._times_ns.append(time_ns)
-        self._values.append(value_bytes)
-        if len(self._values) >= self._capacity:
-            self._halve()
+        """Add a point. The caller holds the lock that orders writers, which its thread may take again."""
+        self._points.extend((time_ns, value_bytes))
+        if len(self._points) >= 2 * self._capacity and not self._halving:
+            self._halving = True
+            try:
+                self._halve()
+            finally:
+                self._halving = False
 
     def _halve(self) -> None:
-        times, values = array("q"), array("q")
-        for first in range(0, len(self._values), 4):
-            group = range(first, min(first + 4, len(self._values)))
-            lowest = min(group, key=self._values.__getitem__)
-            highest = max(group, key=self._values.__getitem__)
+        kept = array("q")
+        full = len(self._points)
+        times, values = self._points[0:full:2], self._points[1:full:2]
+        for first in range(0, len(values), 4):
+            group = range(first, min(first + 4, len(values)))
+            lowest = min(group, key=values.__getitem__)
+            highest = max(group, key=values.__getitem__)
             for index in sorted({lowest, highest}):
-                times.append(self._times_ns[index])
-                values.append(self._values[index])
-        self._times_ns, self._values = times, values
+                kept.extend((times[index], values[index]))
+        self._points[:full] = kept  # what was added meanwhile stays behind it
 
     def points(self, origin_ns: int, bytes_per_unit: float) -> tuple[list[float], list[float]]:
         """Times in seconds since ``origin_ns``, and values in the unit given."""
         # Writers race for the lock only after they have read the clock, so neighbours can be swapped.
-        pairs = sorted(zip(self._times_ns, self._values, strict=True))
+        points = self._points[:]
+        pairs = sorted(zip(points[0::2], points[1::2], strict=True))
         return (
             [(time - origin_ns) / _NS_PER_S for time, _ in pairs],
             [value / bytes_per_unit for _, value in pairs],

@@ -73,7 +73,9 @@ class MemoryTracker:
     Scopes may nest, overlap and run in several threads or tasks; each keeps its own start, end and peak.
     All of them see the memory of the whole process, since memory belongs to no thread. The decorated
     function may be plain, ``async`` or a generator; each call is a scope of its own. What was recorded is
-    read with :func:`get_memory_stats` and :func:`get_recording`.
+    read with :func:`get_memory_stats` and :func:`get_recording`. All of it may be used in signal handlers
+    and finalisers. Where no thread can be started, as in a program that is ending, peaks are what the
+    readings on entry and on leaving and the kernel tell.
 
     Args:
         name: the name under which statistics are summed; a decorated function's own name if empty.
@@ -82,7 +84,8 @@ class MemoryTracker:
             ``ru_maxrss`` and ``torch.cuda.max_memory_allocated``, so it is off by default. It costs tens
             of microseconds.
         tree: count child processes too: the sum of resident sets at each reading, and the sum of
-            proportional set sizes at most four times a second.
+            proportional set sizes at most four times a second. Where they cannot be read, such as for want
+            of file descriptors, the result's figures of the tree are ``None``.
 
     Raises:
         RuntimeError: one tracker is entered while it is open, or left twice.
@@ -294,7 +297,8 @@ def get_memory_stats() -> MemoryStats:
                 mean_wall_s=totals.wall_ns_sum / totals.count / 1e9,
                 max_peak_gpu_mb=to_mb(totals.gpu_peak_max),
             )
-            for name, totals in list(RECORDER.totals.items())
+            for name, totals in RECORDER.totals.copy().items()
+            if totals.count > 0
         },
         tracking_enabled=_enabled,
     )
