@@ -464,6 +464,8 @@ def test_signal_handlers_and_finalisers_may_use_it_at_any_moment(run_fresh):
                 av_memory.get_memory_stats()
             if handled % 50 == 0:
                 av_memory.to_json()
+                av_memory.reset_peak_memory()
+            signal.setitimer(signal.ITIMER_REAL, 0.001)  # only now, or slow handlers would pile up
         class Cycle:
             def __init__(self): self.me = self
             def __del__(self):
@@ -471,14 +473,14 @@ def test_signal_handlers_and_finalisers_may_use_it_at_any_moment(run_fresh):
                 finalised += 1
                 with MemoryTracker("finaliser"): pass
         signal.signal(signal.SIGALRM, handle)
-        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
         gc.set_threshold(10)
         end = time.monotonic() + 1.5
         while time.monotonic() < end:
             Cycle()
             passed += 1
             with MemoryTracker("main"): pass
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
         gc.collect()
         scopes = av_memory.get_memory_stats().scopes
         assert scopes["main"].count == passed
