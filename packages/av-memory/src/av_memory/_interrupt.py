@@ -44,8 +44,9 @@ class Interruption:
         """
         if self._to_main:
             _due.append((self, exception))
-            while not self.cancelled and not _call_in_main_thread():
-                pause(0.001)
+            while not self.cancelled and not self._arrived:
+                # Again where it found a shielded function; the queue may be full too.
+                pause(_RESEND_AFTER_S if _call_in_main_thread() else 0.001)
             return
         interruption = self
 
@@ -75,31 +76,30 @@ class Interruption:
             for _ in range(100):
                 pass
 
-    def is_due(self) -> bool:
-        return not self.cancelled and self._pid == os.getpid()
+    def arrives(self) -> bool:
+        """Whether it is still wanted here, to be raised at once."""
+        self._arrived = not self.cancelled and self._pid == os.getpid()
+        return self._arrived
 
 
 class _MainThread:
     """Its truth value is asked for in the main thread, and asking raises what is due there."""
 
     def __bool__(self) -> bool:
-        while _due:
-            interruption, exception = _due[0]
-            if interruption.is_due() and _is_shielded(sys._getframe(1)):  # pyright: ignore[reportPrivateUsage]
-                _call_in_main_thread()
-                return False
-            _due.popleft()
-            if interruption.is_due():
+        # Asking to be called again, it would be all that Python 3.11 does under a tracer.
+        if not _is_shielded(sys._getframe(1)):  # pyright: ignore[reportPrivateUsage]
+            exception = take_due()
+            if exception is not None:
                 raise exception
         return False
 
 
 def take_due() -> BaseException | None:
-    """At the end of a shielded function: what was held back in the main thread, for the caller to raise."""
+    """What is due in the main thread, if it is this one, for the caller to raise at once."""
     if threading.current_thread() is threading.main_thread():
         while _due:
             interruption, exception = _due.popleft()
-            if interruption.is_due():
+            if interruption.arrives():
                 return exception
     return None
 
@@ -110,7 +110,10 @@ _shields: set[CodeType] = set()
 
 
 def shield(function: Callable[..., object]) -> None:
-    """Let nothing arrive in the main thread while it runs this function, but afterwards."""
+    """Let nothing arrive in the main thread while it runs this function.
+
+    It arrives afterwards, at once if the function ends with :func:`take_due`.
+    """
     _shields.add(function.__code__)
 
 
