@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -51,6 +53,23 @@ _KEPT_NAMES = 10_000
 _OTHER_NAMES = "(other names)"
 
 _current: ContextVar[Scope | None] = ContextVar("av_memory_scope", default=None)
+_collecting_in: int | None = None
+"""The thread in which the garbage collector runs, as far as that matters."""
+
+if sys.version_info < (3, 12):
+
+    def _note_collection(phase: str, _: object) -> None:
+        global _collecting_in
+        _collecting_in = threading.get_ident() if phase == "start" else None
+
+    gc.callbacks.append(_note_collection)
+
+
+def _set_current(scope: Scope | None) -> None:
+    # Up to Python 3.11 the collector may run in the middle of ContextVar.set, which crashes the interpreter
+    # if a finaliser sets a variable then. A scope in a finaliser is no parent of others there.
+    if _collecting_in is None or _collecting_in != threading.get_ident():
+        _current.set(scope)
 
 
 class Scope:
@@ -230,7 +249,7 @@ class Recorder:
 
     def open_scope(self, name: str, high_water: bool, tree: bool) -> Scope:
         scope = Scope(name, high_water)
-        _current.set(scope)
+        _set_current(scope)
         if initialised_cuda() is not None:
             scope.gpu_start = gpu_memory()
             scope.see_gpus(scope.gpu_start)
@@ -263,7 +282,7 @@ class Recorder:
 
     def _give_up(self, scope: Scope) -> None:
         scope.end_ns = perf_counter_ns()
-        _current.set(_innermost_open(scope.parent))
+        _set_current(_innermost_open(scope.parent))
         with self._lock, contextlib.suppress(ValueError):
             self._open.remove(scope)
         self._let_go_of_tree(scope)
@@ -287,7 +306,7 @@ class Recorder:
         if parent is not None and parent.end_ns != 0:
             parent = scope.parent = _innermost_open(parent)
         if _current.get() is scope:
-            _current.set(parent)
+            _set_current(parent)
         with self._lock:
             scope.end_bytes = rss
             scope.error = None if error is None else error.__name__
