@@ -349,18 +349,25 @@ class Recorder:
             self._awake = self._sampler is not None  # else the next scope tries again
 
     def _sample_forever(self) -> None:
-        ticks = idle_ticks = 0
         while not self._ending:
             # A reading that fails is left out: a curve with a hole is better than a dead thread.
             with contextlib.suppress(Exception):
-                time.sleep(SAMPLE_INTERVAL_S)
+                self._sample_until_parked()
+
+    def _sample_until_parked(self) -> None:
+        # Each reading finds the processor's caches full of the program's data: every line here counts.
+        sleep, ticks, idle_ticks = time.sleep, 0, 0
+        while not self._ending:
+            sleep(SAMPLE_INTERVAL_S)
+            if self._open:
+                idle_ticks = 0
                 ticks += 1
-                idle_ticks = 0 if self._open else idle_ticks + 1
-                if self._open:
-                    self._sample(ticks)
-                elif idle_ticks >= _TICKS_UNTIL_PARKED and self._park():
-                    self._wake.wait()
-                    idle_ticks = 0
+                self._sample(ticks)
+                continue
+            idle_ticks += 1
+            if idle_ticks >= _TICKS_UNTIL_PARKED and self._park():
+                self._wake.wait()
+                idle_ticks = 0
 
     def _park(self) -> bool:
         with self._lock:
@@ -372,21 +379,26 @@ class Recorder:
 
     def _sample(self, ticks: int) -> None:
         rss = self.read_rss()
-        gpus = gpu_memory() if ticks % _TICKS_PER_GPU_SAMPLE == 0 and initialised_cuda() is not None else {}
-        if self._tree is not None:
-            self._read_tree(make=False, refresh=ticks % _TICKS_PER_TREE_REFRESH == 0)
         now = perf_counter_ns()
         with self._lock:
             self._cpu.append(now, rss)
-            for index, reading in gpus.items():
-                self._append(f"cuda:{index}", now, reading.allocated_bytes)
             for scope in self._open.copy():
                 if rss > scope.peak_bytes:
                     scope.peak_bytes = rss
-                if gpus:
-                    scope.see_gpus(gpus)
         if rss > self._process_peak:
             self._process_peak = rss
+        if self._tree is not None:
+            self._read_tree(make=False, refresh=ticks % _TICKS_PER_TREE_REFRESH == 0)
+        if ticks % _TICKS_PER_GPU_SAMPLE == 0 and initialised_cuda() is not None:
+            self._sample_gpus()
+
+    def _sample_gpus(self) -> None:
+        readings, now = gpu_memory(), perf_counter_ns()
+        with self._lock:
+            for index, reading in readings.items():
+                self._append(f"cuda:{index}", now, reading.allocated_bytes)
+            for scope in self._open.copy():
+                scope.see_gpus(readings)
 
     def _append(self, name: str, now: int, value: int) -> None:
         self._others.setdefault(name, GrowingSeries()).append(now, value)
