@@ -30,6 +30,11 @@ SENTENCES = [
 ]
 
 
+def heed_interrupts() -> None:
+    """What runs in the background of a shell is started with Ctrl-C ignored, and would go on ignoring it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(DEMO), *arguments],
@@ -37,6 +42,7 @@ def start(arguments: list[str], folder: Path, **environment: str) -> subprocess.
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
         env={**os.environ, "HOME": str(folder), "TEXT": "", "OUT": "", **environment},
     )
 
