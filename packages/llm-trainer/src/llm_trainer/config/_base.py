@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -19,7 +20,7 @@ from llm_trainer.exceptions import ConfigurationError
 
 
 @dataclasses.dataclass
-class Config:
+class Config(ABC):
     """Base of the configurations: `validate` runs at construction; call it again after changing a field."""
 
     error: ClassVar[type[ConfigurationError]] = ConfigurationError
@@ -33,13 +34,13 @@ class Config:
             raise self.error(f"{type(self).__name__} has no field {name!r}; {_hint(name, known)}")
         super().__setattr__(name, value)
 
+    @abstractmethod
     def validate(self) -> None:
         """Check every field.
 
         Raises:
             ConfigurationError: A value is impossible; the message says what is allowed.
         """
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values that JSON and YAML can hold."""
