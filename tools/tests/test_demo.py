@@ -133,12 +133,15 @@ def test_text_that_is_of_no_use_is_refused_at_once(make, message: str, tmp_path:
 
 def test_ctrl_c_says_so_and_leaves_no_temporary_files(tmp_path: Path):
     (tmp_path / "one.txt").write_text(text_of(250_000))
-    process = start([*SMALL[2:], "--steps", "100000", "--text", "one.txt"], tmp_path)
-    while "Train the model" not in process.stdout.readline():
-        assert process.poll() is None
-    time.sleep(1.5)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    with start([*SMALL[2:], "--steps", "100000", "--text", "one.txt"], tmp_path) as process:
+        try:
+            while "Train the model" not in process.stdout.readline():
+                assert process.poll() is None
+            time.sleep(1.5)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, out + err
     assert "interrupted" in out
     assert "Traceback" not in out + err

@@ -491,6 +491,32 @@ def test_signal_handlers_and_finalisers_may_use_it_at_any_moment(run_fresh):
     assert out == ""
 
 
+def test_the_garbage_collector_swallows_no_interruption(run_fresh):
+    out = run_fresh(
+        """
+        import gc, signal, sys, time
+        import av_memory
+        def interrupt(*_):
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGALRM, interrupt)
+        swallowed = []
+        sys.unraisablehook = swallowed.append
+        kept = [[] for _ in range(200_000)]  # for a collection that takes most of the time
+        caught = 0
+        for _ in range(20):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.02)
+                end = time.monotonic() + 1
+                while time.monotonic() < end:
+                    gc.collect()
+            except KeyboardInterrupt:
+                caught += 1
+        assert (caught, swallowed) == (20, [])
+        """
+    )
+    assert out == ""
+
+
 def test_a_lock_that_is_held_by_the_interrupted_code_lets_its_thread_in():
     from av_memory._recorder import RECORDER
 

@@ -21,9 +21,10 @@ import os
 import sys
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from contextvars import ContextVar
 from time import perf_counter_ns
+from typing import Any, cast
 
 from av_memory._pss import PssReader
 from av_memory._series import GrowingSeries
@@ -53,22 +54,19 @@ _KEPT_NAMES = 10_000
 _OTHER_NAMES = "(other names)"
 
 _current: ContextVar[Scope | None] = ContextVar("av_memory_scope", default=None)
-_collecting_in: int | None = None
-"""The thread in which the garbage collector runs, as far as that matters."""
+_collector: OrderedDict[str, None] = OrderedDict.fromkeys(("start", "stop"))
+"""Its last key is what the garbage collector, in whichever thread, did last."""
 
 if sys.version_info < (3, 12):
-
-    def _note_collection(phase: str, _: object) -> None:
-        global _collecting_in
-        _collecting_in = threading.get_ident() if phase == "start" else None
-
-    gc.callbacks.append(_note_collection)
+    # Not a function in Python: the collector would swallow a Ctrl-C that happens to be raised in it.
+    # (The second argument, a filled dictionary, counts as true.)
+    gc.callbacks.append(cast(Any, _collector.move_to_end))
 
 
 def _set_current(scope: Scope | None) -> None:
     # Up to Python 3.11 the collector may run in the middle of ContextVar.set, which crashes the interpreter
     # if a finaliser sets a variable then. A scope in a finaliser is no parent of others there.
-    if _collecting_in is None or _collecting_in != threading.get_ident():
+    if [*_collector][-1] == "stop":  # read in one step: a collection in the middle of two would reorder it
         _current.set(scope)
 
 
