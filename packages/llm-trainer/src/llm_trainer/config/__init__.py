@@ -2,6 +2,7 @@
 
 from llm_trainer.config._data import DataConfig
 from llm_trainer.config._model import ModelConfig
+from llm_trainer.config._run import RunConfig
 from llm_trainer.config._training import TrainingConfig
 
-__all__ = ["DataConfig", "ModelConfig", "TrainingConfig"]
+__all__ = ["DataConfig", "ModelConfig", "RunConfig", "TrainingConfig"]

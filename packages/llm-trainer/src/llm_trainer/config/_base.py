@@ -19,11 +19,16 @@ from llm_trainer._files import read_json_object, shown, write_json, write_text
 from llm_trainer.exceptions import ConfigurationError
 
 
+SECTIONS = {"model", "training", "data"}
+"""What a file with several configurations calls them."""
+
+
 @dataclasses.dataclass
 class Config(ABC):
     """Base of the configurations: `validate` runs at construction; call it again after changing a field."""
 
     error: ClassVar[type[ConfigurationError]] = ConfigurationError
+    section: ClassVar[str]
 
     def __post_init__(self) -> None:
         self.validate()
@@ -31,7 +36,7 @@ class Config(ABC):
     def __setattr__(self, name: str, value: Any) -> None:
         known = [field.name for field in dataclasses.fields(self)]
         if name not in known:
-            raise self.error(f"{type(self).__name__} has no field {name!r}; {_hint(name, known)}")
+            raise self.error(f"{type(self).__name__} has no field {name!r}; {hint(name, known)}")
         super().__setattr__(name, value)
 
     @abstractmethod
@@ -60,47 +65,28 @@ class Config(ABC):
         known = [field.name for field in dataclasses.fields(cls)]
         for key in config_dict:
             if key not in known:
-                raise cls.error(f"{cls.__name__} has no field {shown(key)}; {_hint(key, known)}")
+                raise cls.error(f"{cls.__name__} has no field {shown(key)}; {hint(key, known)}")
         return cls(**config_dict)
 
     def save(self, path: str | Path) -> None:
         """Write the configuration to a `.json`, `.yaml` or `.yml` file."""
-        target = Path(path)
-        if self._is_json(target):
-            write_json(target, self.to_dict())
-        else:
-            write_text(target, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        write_mapping(Path(path), self.to_dict(), self.error)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a configuration that `save` wrote, or one written by hand.
+        """Read a configuration that `save` wrote, or one written by hand; or its section of a file with the
+        sections `model`, `training` and `data`.
 
         Raises:
             ConfigurationError: The ending is none of the known ones, or the content is not a valid
                 configuration.
             FormatError: The file is missing or is not JSON.
         """
-        source = Path(path)
-        if cls._is_json(source):
-            return cls.from_dict(read_json_object(source))
-        try:
-            content: object = yaml.safe_load(source.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise cls.error(f"{source} does not exist.") from None
-        except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-            # PyYAML lets through what Python says of an impossible date, number or depth.
-            raise cls.error(f"{source} is not valid YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise cls.error(f"{source} must hold a mapping of fields, but holds a {type(content).__name__}.")
-        return cls.from_dict(cast("dict[str, Any]", content))
-
-    @classmethod
-    def _is_json(cls, path: Path) -> bool:
-        if path.suffix == ".json":
-            return True
-        if path.suffix in {".yaml", ".yml"}:
-            return False
-        raise cls.error(f"{path} must end in .json, .yaml or .yml to say its format.")
+        content = read_mapping(Path(path), cls.error)
+        # A file of sections, as RunConfig has it, holds this configuration in one of them.
+        if content.keys() <= SECTIONS and isinstance(content.get(cls.section), dict):
+            content = content[cls.section]
+        return cls.from_dict(content)
 
     def _check_int(self, name: str, *, least: int, most: int = 2**31 - 1, optional: bool = False) -> None:
         value = getattr(self, name)
@@ -153,6 +139,12 @@ class Config(ABC):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, "True or False")
 
+    def _check_text(self, *names: str, optional: bool = False) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not (optional and value is None) and not (isinstance(value, str) and value):
+                self._refuse(name, f"text that is not empty{' or None' if optional else ''}")
+
     def _check_paths(self, *names: str) -> None:
         """Check paths, which become text, or None."""
         for name in names:
@@ -168,6 +160,44 @@ class Config(ABC):
         )
 
 
-def _hint(name: object, known: Sequence[str]) -> str:
+def hint(name: object, known: Sequence[str]) -> str:
+    """Name what was probably meant, or all that is known."""
     near = difflib.get_close_matches(str(name)[:100], known, n=1, cutoff=0.5) if isinstance(name, str) else []
     return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}."
+
+
+def write_mapping(path: Path, content: Mapping[str, Any], error: type[ConfigurationError]) -> None:
+    """Write plain values in the format that the path's ending names."""
+    if _is_json(path, error):
+        write_json(path, content)
+    else:
+        write_text(path, yaml.safe_dump(content, sort_keys=False))
+
+
+def read_mapping(path: Path, error: type[ConfigurationError]) -> dict[str, Any]:
+    """Read a mapping in the format that the path's ending names.
+
+    Raises:
+        ConfigurationError: The ending is none of the known ones, or the content is not a mapping.
+        FormatError: A JSON file is missing or is not JSON.
+    """
+    if _is_json(path, error):
+        return read_json_object(path)
+    try:
+        content: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} does not exist.") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as failure:
+        # PyYAML lets through what Python says of an impossible date, number or depth.
+        raise error(f"{path} is not valid YAML: {failure}") from failure
+    if not isinstance(content, dict):
+        raise error(f"{path} must hold a mapping of fields, but holds a {type(content).__name__}.")
+    return cast("dict[str, Any]", content)
+
+
+def _is_json(path: Path, error: type[ConfigurationError]) -> bool:
+    if path.suffix == ".json":
+        return True
+    if path.suffix in {".yaml", ".yml"}:
+        return False
+    raise error(f"{path} must end in .json, .yaml or .yml to say its format.")

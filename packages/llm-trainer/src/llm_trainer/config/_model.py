@@ -23,6 +23,7 @@ class ModelConfig(Config):
     """
 
     error: ClassVar[type[ConfigurationError]] = ModelConfigurationError
+    section: ClassVar[str] = "model"
 
     vocab_size: int = 50000
     """Rows of the embedding: the tokenizer's `vocab_size`, or more."""
