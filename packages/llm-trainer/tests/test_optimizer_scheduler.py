@@ -1,3 +1,4 @@
+import io
 import math
 
 import pytest
@@ -28,6 +29,104 @@ def test_schedules_follow_their_formulas(kind, shape):
     expected = [3 * (step + 1) / 5 for step in range(5)] + [3 * shape(step / 15) for step in range(16)]
     assert found == pytest.approx(expected)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(expected[-1])
+
+
+def test_warmup_stable_decay_by_hand():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = create_scheduler(optimizer, "warmup_stable_decay", 10, 2, min_lr_ratio=0.2, decay_ratio=0.4)
+    found = []
+    for _ in range(10):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    # Two updates up, four at the top, four equal steps down to a fifth.
+    assert found == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.6, 1.2, 0.8, 0.4])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "polynomial", "constant", "warmup_stable_decay"])
+def test_a_schedule_goes_on_where_it_was(kind):
+    def rates(updates: int) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+        scheduler = create_scheduler(optimizer, kind, 20, 4, updates=updates)
+        found = []
+        for _ in range(updates, 20):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    assert rates(0)[3:] == rates(3)
+    assert rates(0)[11:] == rates(11)
+
+
+def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """The nearest orthogonal matrix: the exact answer that Muon's iteration is an approximation of."""
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right
+
+
+def test_muon_steps_matrices_along_their_orthogonalised_gradient(build):
+    model = build(n_layers=1, tie_embeddings=False)
+    optimizer = create_optimizer(
+        model, "muon", learning_rate=1e-3, weight_decay=0.0, muon_learning_rate=0.1, muon_momentum=0.0
+    )
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    ids = torch.randint(0, 61, (4, 16))
+    model(ids, labels=ids).loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        moved = parameter.detach() - before[name]
+        if name.startswith("blocks.") and parameter.dim() == 2:
+            rows, columns = parameter.shape
+            expected = -0.1 * max(1, rows / columns) ** 0.5 * newton_schulz(gradients[name])
+            cosine = (moved * expected).sum() / (moved.norm() * expected.norm())
+            assert cosine > 0.95, name
+            assert moved.norm() == pytest.approx(expected.norm().item(), rel=0.2), name
+        else:
+            # Adam's first step is the learning rate in the direction against the gradient.
+            torch.testing.assert_close(
+                moved, -1e-3 * gradients[name] / (gradients[name].abs() + 1e-8), atol=1e-7, rtol=1e-3
+            )
+
+
+def test_muon_with_adamw_resumes_to_the_bit_and_is_scheduled_whole(build):
+    ids = torch.randint(0, 61, (4, 16))
+
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model = build()
+    optimizer = create_optimizer(model, "muon")
+    train(model, optimizer, 2)
+    weights, state = {k: v.clone() for k, v in model.state_dict().items()}, optimizer.state_dict()
+    state = torch.load(_saved(state), weights_only=True)
+    train(model, optimizer, 2)
+    other = build()
+    other.load_state_dict(weights)
+    resumed = create_optimizer(other, "muon")
+    resumed.load_state_dict(state)
+    train(other, resumed, 2)
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(parameter, other.state_dict()[name]), name
+    scheduler = create_scheduler(resumed, "linear", 4, 0, min_lr_ratio=0.0, updates=2)
+    assert [group["lr"] for group in resumed.param_groups] == pytest.approx([0.02 / 3, 1e-4 / 3, 1e-4 / 3])
+    assert [group["lr"] for part in resumed.parts.values() for group in part.param_groups] == [
+        group["lr"] for group in resumed.param_groups
+    ]
+    assert scheduler.last_epoch == 2
+    with pytest.raises(ValueError, match="not \\['adamw', 'muon'\\]"):
+        resumed.load_state_dict(create_optimizer(model, "adamw").state_dict())
+
+
+def _saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return buffer
 
 
 def one_step(kind, **settings):

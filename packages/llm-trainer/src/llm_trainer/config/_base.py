@@ -18,7 +18,6 @@ import yaml
 from llm_trainer._files import read_json_object, shown, write_json, write_text
 from llm_trainer.exceptions import ConfigurationError
 
-
 SECTIONS = {"model", "training", "data"}
 """What a file with several configurations calls them."""
 

@@ -19,7 +19,7 @@ from llm_trainer.exceptions import ConfigurationError
 class RunConfig:
     """The model, the training and the data, as a file with those three sections describes them.
 
-    In such a file the section `model` may begin with `preset: name`; its other fields then change that preset.
+    There, the section `model` may begin with `preset: name`; its other fields then change that preset.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
