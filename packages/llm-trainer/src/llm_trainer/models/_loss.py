@@ -5,6 +5,7 @@ Letters: N tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
-_CHUNK_LOGITS = 1 << 20
+# So many that adding to the weight's gradient, once a chunk, costs little beside the products.
+_CHUNK_LOGITS = 1 << 23
+# On a CPU the passes of a softmax go over a part of a chunk that stays in a core's cache.
+_CACHED_LOGITS = 1 << 18
 
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
@@ -21,10 +25,28 @@ def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies, with the gradients computed chunk by chunk beside the loss.
+def _losses_and_slopes_(
+    logits_RV: Tensor, targets_R1: Tensor, cap: float | None, weights_R1: Tensor | None
+) -> Tensor:
+    """Return each row's cross-entropy (R, 1); with weights, put the weighted gradient into the logits."""
+    values = soft_cap(logits_RV.float(), cap)
+    slope = None if cap is None or weights_R1 is None else 1 - (values / cap).square()
+    picked = values.gather(1, targets_R1)
+    highest = values.amax(-1, keepdim=True)
+    sums = values.sub_(highest).exp_().sum(-1, keepdim=True)
+    if weights_R1 is not None:
+        values.mul_(weights_R1 / sums).scatter_add_(1, targets_R1, -weights_R1)
+        if slope is not None:
+            values *= slope
+        if values.data_ptr() != logits_RV.data_ptr():
+            logits_RV.copy_(values)
+    return sums.log_().add_(highest).sub_(picked)
 
-    The product with the weight may run in half precision; softmax and loss are in float32.
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Mean of cross-entropies, with the gradients computed chunk by chunk beside the loss.
+
+    The products with the weight may run in half precision; softmax and loss are in float32.
     """
 
     @staticmethod
@@ -42,46 +64,58 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_x, needs_weight = (gradients and needed for needed in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if needs_x else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        kept_N1 = (targets_N != IGNORE_INDEX)[:, None]
+        safe_N1 = torch.where(kept_N1, targets_N[:, None], 0)
+        share = 1 / kept_N1.sum().clamp(min=1).float()
+        # Divided by the number of tokens, float16 gradients would be too small to be told from zero.
+        late = share if dtype is torch.float16 else None
+        weights_N1 = kept_N1.float() if late is not None else kept_N1 * share
+        losses_N1 = torch.empty_like(kept_N1, dtype=torch.float32)
         rows = max(1, _CHUNK_LOGITS // weight.size(0))
+        step = max(1, _CACHED_LOGITS // weight.size(0)) if x.device.type == "cpu" else rows
         for start in range(0, x.size(0), rows):
-            chunk, targets = x[start : start + rows], targets_N[start : start + rows]
-            logits = soft_cap((chunk @ weight.T).float(), cap)
-            kept = targets != IGNORE_INDEX
-            safe = torch.where(kept, targets, 0)[:, None]
-            log_sums = torch.logsumexp(logits, dim=-1)
-            loss += ((log_sums - logits.gather(1, safe).squeeze(1)) * kept).sum()
-            if grad_x is None and grad_weight is None:
-                continue
-            slope = None if cap is None else 1 - (logits / cap).square()
-            grad = logits.sub_(log_sums[:, None]).exp_()
-            grad.scatter_add_(1, safe, torch.full_like(safe, -1, dtype=grad.dtype))
-            grad *= kept[:, None]
-            if slope is not None:
-                grad *= slope
-            grad_low = grad.to(dtype)
+            chunk = slice(start, min(start + rows, x.size(0)))
+            logits = x[chunk] @ weight.T
+            for first in range(start, chunk.stop, step):
+                part = slice(first, min(first + step, chunk.stop))
+                losses_N1[part] = _losses_and_slopes_(
+                    logits[first - start : part.stop - start],
+                    safe_N1[part],
+                    cap,
+                    weights_N1[part] if needs_x or needs_weight else None,
+                )
             if grad_x is not None:
-                torch.mm(grad_low, weight, out=grad_x[start : start + rows])
+                torch.mm(logits, weight, out=grad_x[chunk])
             if grad_weight is not None:
-                grad_weight += grad_low.T @ chunk
-        ctx.save_for_backward(grad_x, grad_weight)
+                grad_weight += logits.T @ x[chunk]
+        ctx.save_for_backward(grad_x, grad_weight, late)
         ctx.dtypes = x_ND.dtype, weight_VD.dtype
-        return loss
+        # Not a product with the mask: what is left out may be infinite.
+        return losses_N1.masked_fill_(~kept_N1, 0).sum() * share
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_x, grad_weight = cast("tuple[Tensor | None, Tensor | None]", ctx.saved_tensors)
-        scale = grad_outputs[0]
-        x_dtype, weight_dtype = ctx.dtypes
+        grad_x, grad_weight, late = cast(
+            "tuple[Tensor | None, Tensor | None, Tensor | None]", ctx.saved_tensors
+        )
+        scale = grad_outputs[0] if late is None else grad_outputs[0] * late
+        # On a GPU the question would make the host wait; on a CPU it saves a pass over the weight's gradient.
+        if scale.device.type == "cpu" and scale == 1:
+            scale = None
         return (
-            None if grad_x is None else (grad_x * scale).to(x_dtype),
-            None if grad_weight is None else (grad_weight * scale).to(weight_dtype),
+            *map(partial(_scaled, scale=scale), (grad_x, grad_weight), ctx.dtypes),
             None,
             None,
             None,
             None,
         )
+
+
+def _scaled(gradient: Tensor | None, dtype: torch.dtype, scale: Tensor | None) -> Tensor | None:
+    if gradient is None:
+        return None
+    return (gradient if scale is None else gradient * scale).to(dtype)
 
 
 def linear_cross_entropy(
@@ -89,22 +123,21 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the mean of -log softmax(cap(x W'))[target] over the targets that are not -100; 0 if all are.
 
-    The logits of a million (token, class) pairs, or of one token, are held at a time; a few copies of them
-    in float32 (some 20 MB) are all that depends on the chunk. The gradients are computed in the forward pass
-    and kept until the backward: that of the weight in float32, V x D, with one to one and a half times as
-    much again while a chunk is added to it. Where torch computes no gradients (`torch.no_grad`), neither is
-    there. In half precision there are copies of the input and the weight too. Under autocast the
-    products run in its dtype.
+    The logits of eight million (token, class) pairs, or of one token, are held at a time, in the dtype of the
+    products, so they take 17 MB in half precision and twice that in float32; on a GPU the softmax of a chunk
+    takes its float32 copy as well. The gradients are computed in the forward pass and kept until the
+    backward: that of the weight in float32, V x D, with one to one and a half times as much again while a
+    chunk is added to it. Where torch computes no gradients (`torch.no_grad`), neither is there. In half
+    precision there are copies of the input and the weight too. Under autocast the products run in its dtype.
     A second derivative raises `RuntimeError`.
     """
     device = x_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
     with torch.autocast(device, enabled=False):
-        total = cast(
+        return cast(
             "Tensor",
             _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, cap, dtype, torch.is_grad_enabled()),
         )
-    return total / (targets_N != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def next_token_targets(labels_BT: Tensor) -> Tensor:
