@@ -1,15 +1,16 @@
-"""The files of a model on disk: `config.json` and `model.safetensors`."""
+"""The files of a model on disk: `config.json` and the weights, in one file or several."""
 
 from __future__ import annotations
 
 import errno
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
+from safetensors import SafetensorError
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from llm_trainer._files import (
@@ -22,23 +23,45 @@ from llm_trainer._files import (
 )
 from llm_trainer.config import ModelConfig
 from llm_trainer.exceptions import ConfigurationError, FormatError
+from llm_trainer.models._hf_shards import (
+    INDEX,
+    SINGLE,
+    TENSORS_HASH,
+    StoredTensor,
+    StoredWeights,
+    plan_files,
+    shard_bytes,
+    tensors_sha256,
+)
 
 FORMAT_VERSION = 1
 _CONFIG_HASH = "llm_trainer_config_sha256"
 _TOKENIZER_HASH = "tokenizer_sha256"
 _TIED = "head.weight"
 _TIED_TO = "embedding.weight"
+# Those of a save, and the hidden ones that it has while it works.
+_WEIGHTS_FILE = re.compile(
+    r"(model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?"
+    r"|\.+model\b.*\.safetensors\b.*\.(staged|tmp))",
+    re.ASCII,
+)
 
 
 def write_model(
-    directory: Path, config: ModelConfig, state: Mapping[str, Tensor], tokenizer_sha256: str | None = None
+    directory: Path,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    *,
+    max_shard_size: int | str,
+    tokenizer_sha256: str | None = None,
 ) -> None:
-    """Write the weights, then the configuration, each atomically.
+    """Write the weights, then the configuration, then remove what an earlier save left over.
 
     The weights carry the hash of the configuration, and that the tokenizer's, so that a crash between two
     files leaves none that pass for a pair.
 
     Raises:
+        ConfigurationError: `max_shard_size` is not a size.
         OSError: A file cannot be written.
     """
     content: dict[str, Any] = {
@@ -48,26 +71,85 @@ def write_model(
     }
     if tokenizer_sha256 is not None:
         content[_TOKENIZER_HASH] = tokenizer_sha256
-    kept = {
-        name: tensor.detach().to("cpu").contiguous()
-        for name, tensor in state.items()
-        if not (config.tie_embeddings and name == _TIED)
-    }
-    metadata = {
-        "format": "pt",
-        "llm_trainer_format_version": str(FORMAT_VERSION),
-        _CONFIG_HASH: json_sha256(content),
-    }
-    weights_path = directory / "model.safetensors"
+    metadata = {"llm_trainer_format_version": str(FORMAT_VERSION), _CONFIG_HASH: json_sha256(content)}
+    written = write_weights(directory, without_tied(state, config), metadata, max_shard_size)
+    write_json(directory / "config.json", content)
+    remove_other_weights(directory, written)
+
+
+def write_weights(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    max_shard_size: int | str,
+    *,
+    before_replacing: Callable[[], None] = lambda: None,
+) -> set[str]:
+    """Write all files under other names first, and replace earlier ones once all are complete.
+
+    Args:
+        directory: Folder, made if it is missing.
+        tensors: What to write.
+        metadata: What each file is to carry besides the hash of its tensors.
+        max_shard_size: Most bytes of a file; see `TransformerLM.save_pretrained`.
+        before_replacing: Called when everything is written and nothing replaced.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        ConfigurationError: `max_shard_size` is not a size.
+        OSError: A file cannot be written; it is named, and those that were there before are whole.
+    """
+    plan = plan_files(tensors, shard_bytes(max_shard_size))
+    hashes: dict[str, str] = {}
     try:
-        write_atomically(weights_path, lambda path: save_file(kept, path, metadata=metadata))
+        for file_name, names in plan.items():
+            shard = {name: tensors[name].detach().to("cpu").contiguous() for name in names}
+            hashes[file_name] = tensors_sha256(shard)
+            _stage(
+                directory / file_name, shard, {"format": "pt", **metadata, TENSORS_HASH: hashes[file_name]}
+            )
+        before_replacing()
+        for file_name in plan:
+            _staged(directory / file_name).replace(directory / file_name)
+    finally:
+        for file_name in plan:
+            _staged(directory / file_name).unlink(missing_ok=True)
+    if SINGLE in plan:
+        return set(plan)
+    index = {
+        "metadata": {"total_size": sum(map(_bytes, tensors.values())), TENSORS_HASH: hashes},
+        "weight_map": {name: file_name for file_name, names in plan.items() for name in names},
+    }
+    write_json(directory / INDEX, index)
+    return {*plan, INDEX}
+
+
+def _stage(path: Path, shard: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    try:
+        write_atomically(_staged(path), lambda temporary: save_file(shard, temporary, metadata=metadata))
     except SafetensorError as error:
         # It has no number, so whether the disk is full is seen from the disk.
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
-        full = shutil.disk_usage(directory).free < needed
+        full = shutil.disk_usage(path.parent).free < sum(map(_bytes, shard.values()))
         number = errno.ENOSPC if full else errno.EIO
-        raise OSError(number, f"The weights cannot be written ({error})", str(weights_path)) from error
-    write_json(directory / "config.json", content)
+        raise OSError(number, f"The weights cannot be written ({error})", str(path)) from error
+
+
+def _staged(path: Path) -> Path:
+    return path.with_name(f".{path.name}.staged")
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def remove_other_weights(directory: Path, kept: set[str]) -> None:
+    """Remove the weights of earlier saves, and what a save that was killed left of its own."""
+    # The index first, so that none is left that names missing files.
+    for path in sorted(directory.iterdir(), key=lambda path: path.name != INDEX):
+        if path.name not in kept and _WEIGHTS_FILE.fullmatch(path.name):
+            path.unlink()
 
 
 def check_tokenizer(directory: Path, sha256: str) -> None:
@@ -84,70 +166,85 @@ def check_tokenizer(directory: Path, sha256: str) -> None:
         )
 
 
-def read_model(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return the configuration and the weights.
+def read_model(directory: Path) -> tuple[ModelConfig, StoredWeights]:
+    """Return the configuration and the weights, whose values are not read yet.
 
     Raises:
         FormatError: A file is missing, damaged, newer than this release, or of another kind of model.
     """
-    config_path, weights_path = directory / "config.json", directory / "model.safetensors"
+    config_path = directory / "config.json"
     content = read_json_object(config_path)
     if content.get("model_type") != "llm_trainer":
         raise FormatError(
-            f"{config_path} describes a {shown(content.get('model_type'))} model, not one of llm-trainer."
+            f"{config_path} describes a {shown(content.get('model_type'))} model, not one of llm-trainer; "
+            f"TransformerLM.from_hf reads those of Llama and GPT-2."
         )
     check_version(config_path, content.get("format_version"), FORMAT_VERSION)
     try:
         config = ModelConfig.from_dict(content["model"])
     except (ConfigurationError, KeyError, TypeError) as error:
         raise FormatError(f"{config_path} does not describe a model: {error}") from error
-    try:
-        state = _load_weights(weights_path, config_path, content)
-    except FileNotFoundError:
-        raise FormatError(f"{weights_path} does not exist.") from None
-    except (SafetensorError, OSError) as error:
-        raise FormatError(
-            f"{weights_path} is damaged: {error}. Restore it or save the model again."
-        ) from error
-    # Looked at before a model of that many is built, for a few digits can ask for any amount of work.
-    if config.n_layers > len(state):
-        raise FormatError(
-            f"{weights_path} has {len(state)} tensors, too few for the {config.n_layers} layers of "
-            f"{config_path.name}."
-        )
-    return config, state
-
-
-def _load_weights(path: Path, config_path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
-    with cast("Any", safe_open)(path, framework="pt") as file:
-        found = cast("dict[str, str] | None", file.metadata()) or {}
-    # Weights of another writer have no hash; their names and shapes are checked all the same.
+    weights = StoredWeights(directory)
     expected = json_sha256(content)
-    if found.get(_CONFIG_HASH, expected) != expected:
+    for path, metadata in weights.metadata.items():
+        # Weights of another writer have no hash; their names and shapes are checked all the same.
+        if metadata.get(_CONFIG_HASH, expected) != expected:
+            raise FormatError(
+                f"{path} was not saved with {config_path.name} beside it: a save was cut short, files of two "
+                f"saves were mixed, or {config_path.name} was edited. Take both files from one save, or load "
+                f"that one, change its `config`, and save it again."
+            )
+    check_layers(weights, config)
+    return config, weights
+
+
+def check_layers(weights: StoredWeights, config: ModelConfig) -> None:
+    """Compare the number of layers with that of the tensors.
+
+    To be called before a model of that many layers is built, for a few digits can ask for any amount of work.
+
+    Raises:
+        FormatError: There are fewer tensors than layers.
+    """
+    if config.n_layers > len(weights.tensors):
         raise FormatError(
-            f"{path} was not saved with {config_path.name} beside it: a save was cut short, files of two "
-            f"saves were mixed, or {config_path.name} was edited. Take both files from one save, or load "
-            f"that one, change its `config`, and save it again."
+            f"{weights.path} has {len(weights.tensors)} tensors, too few for the {config.n_layers} layers of "
+            f"config.json."
         )
-    return load_file(path)
 
 
-def check_state(directory: Path, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def check_state(weights: StoredWeights, expected: Mapping[str, Tensor], config: ModelConfig) -> None:
     """Compare the weights' names, shapes and types with the model's.
 
     Raises:
         FormatError: They are those of another model; the first difference is named.
     """
-    path = directory / "model.safetensors"
-    wanted = {name: tensor for name, tensor in expected.items() if name in state or name != _TIED}
-    for name in sorted(wanted.keys() ^ state.keys()):
-        raise FormatError(f"{path} {'lacks' if name in wanted else 'has an unexpected'} tensor {name!r}.")
-    for name, tensor in wanted.items():
-        if state[name].shape != tensor.shape or not state[name].is_floating_point():
-            raise FormatError(
-                f"{path}: {name!r} has shape {tuple(state[name].shape)} and type {state[name].dtype}, "
-                f"but config.json calls for floating point of shape {tuple(tensor.shape)}."
-            )
+    found = weights.tensors
+    optional = {_TIED} if config.tie_embeddings else set[str]()
+    for name in sorted((expected.keys() ^ found.keys()) - optional):
+        path = found[name].path if name in found else weights.path
+        raise FormatError(f"{path} {'has an unexpected' if name in found else 'lacks'} tensor {name!r}.")
+    for name, tensor in expected.items():
+        if name in found:
+            check_tensor(name, found[name], tuple(tensor.shape))
+
+
+def check_tensor(name: str, found: StoredTensor, shape: tuple[int, ...]) -> None:
+    """Compare one tensor's shape and type with the model's.
+
+    Raises:
+        FormatError: It has another shape, or is not of floating point.
+    """
+    if found.shape != shape or not found.is_floating_point:
+        raise FormatError(
+            f"{found.path}: {name!r} has shape {found.shape} and type {found.type_name}, but config.json "
+            f"calls for floating point of shape {shape}."
+        )
+
+
+def without_tied(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Return the weights with the tied one under one of its names."""
+    return {name: value for name, value in state.items() if not (config.tie_embeddings and name == _TIED)}
 
 
 def untied(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

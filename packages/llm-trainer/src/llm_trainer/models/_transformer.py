@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,13 @@ from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVa
 
 from llm_trainer.config import ModelConfig
 from llm_trainer.exceptions import FormatError
-from llm_trainer.models import _model_files
+from llm_trainer.models import _hf_files, _model_files
 from llm_trainer.models._attention import allowed_pairs
 from llm_trainer.models._blocks import Block, build_block, build_norm, initialise_block_
 from llm_trainer.models._cache import KVCache
 from llm_trainer.models._evaluation_mode import evaluation_mode
 from llm_trainer.models._generation import GenerationSettings, generate_tokens
+from llm_trainer.models._hf_files import SavedTokenizer
 from llm_trainer.models._loss import linear_cross_entropy, next_token_targets, soft_cap
 from llm_trainer.models._positions import Rope, SinusoidalPositions
 
@@ -77,6 +78,7 @@ class TransformerLM(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self._run_block: Callable[..., Tensor] = Block.__call__
         self._initialise()
 
     def _initialise(self) -> None:
@@ -179,11 +181,14 @@ class TransformerLM(nn.Module):
         if self.config.dropout:
             x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         for index, block in enumerate(self.blocks):
-            layer_cache = cache.layers[index] if cache is not None else None
-            if recomputes:
-                x_BTD = cast("Tensor", checkpoint(block, x_BTD, rope, mask, use_reentrant=False))
+            if cache is not None:
+                x_BTD = block(x_BTD, rope, mask, cache.layers[index])
+            elif recomputes:
+                x_BTD = cast(
+                    "Tensor", checkpoint(self._run_block, block, x_BTD, rope, mask, use_reentrant=False)
+                )
             else:
-                x_BTD = block(x_BTD, rope, mask, layer_cache)
+                x_BTD = self._run_block(block, x_BTD, rope, mask)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
 
     def next_logits(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -269,49 +274,129 @@ class TransformerLM(nn.Module):
         with evaluation_mode(self):
             return generate_tokens(self, input_ids, settings, generator)
 
-    def get_num_params(self) -> int:
-        """Return the number of parameters, tied ones counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+    def get_num_params(self, trainable_only: bool = False) -> int:
+        """Return the number of parameters, tied ones counted once.
+
+        Args:
+            trainable_only: Leave out those that need no gradient.
+        """
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
     def get_model_size_mb(self) -> float:
         """Return the size of the parameters in MB (2**20 bytes)."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters()) / 2**20
 
     def save_pretrained(
-        self, save_directory: str | Path, *, tokenizer_fingerprint: str | None = None
+        self,
+        save_directory: str | Path,
+        max_shard_size: int | str = "5GB",
+        *,
+        tokenizer_fingerprint: str | None = None,
     ) -> None:
-        """Write `model.safetensors` and `config.json`, each under a temporary name first; tied weights
-        once.
+        """Write the weights and `config.json`; tied weights once.
+
+        The weights are in `model.safetensors`, or, where that would be larger than `max_shard_size`, in
+        several files and `model.safetensors.index.json`. All are complete before one of an earlier save is
+        replaced. A crash leaves the old model, the new one, or files of both that `from_pretrained` refuses.
 
         Args:
-            save_directory: Folder, made if it is missing.
+            save_directory: Folder, made if it is missing. Weights of an earlier save in it are removed.
+            max_shard_size: Most bytes of tensors in a file, as a number or as text such as `5GB` (10**9) or
+                `512MiB` (2**20). A larger tensor has a file of its own.
             tokenizer_fingerprint: `BPETokenizer.fingerprint()` of the tokenizer that the model is to be used
                 with; `Trainer.from_pretrained` then refuses another one.
 
         Raises:
+            ConfigurationError: `max_shard_size` is not a size.
             OSError: A file cannot be written; the model that was there before is still whole.
         """
-        _model_files.write_model(Path(save_directory), self.config, self.state_dict(), tokenizer_fingerprint)
+        _model_files.write_model(
+            Path(save_directory),
+            self.config,
+            self.state_dict(),
+            max_shard_size=max_shard_size,
+            tokenizer_sha256=tokenizer_fingerprint,
+        )
 
     @classmethod
     def from_pretrained(cls, load_directory: str | Path, device: str | torch.device = "cpu") -> Self:
-        """Read what `save_pretrained` wrote, in evaluation mode.
+        """Read what `save_pretrained` wrote, in evaluation mode and in the types it was saved in.
 
         Raises:
             FormatError: A file is missing, damaged, newer than this release, or of another model.
         """
-        config, state = _model_files.read_model(Path(load_directory))
+        config, weights = _model_files.read_model(Path(load_directory))
+        model = cls._without_weights(config, load_directory)
+        _model_files.check_state(weights, model.state_dict(), config)
+        return model._with_weights(weights.read(device=device))
+
+    def export_hf(
+        self,
+        directory: str | Path,
+        tokenizer: SavedTokenizer | None = None,
+        *,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        """Write a checkpoint that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+        A model with `positions="rope"`, `norm="rmsnorm"` and `activation="swiglu"` becomes a Llama, one with
+        `learned`, `layernorm`, `gelu` and biases a GPT-2; the logits are the same. What only matters in
+        training has no place there: `gradient_checkpointing`, `zero_init_projections`, and a Llama's
+        `dropout`. transformers itself is not needed.
+
+        Args:
+            directory: Folder, made if it is missing. A checkpoint that is there is replaced.
+            tokenizer: Is saved there too, and its special tokens become the model's. Without it, tokenizer
+                files that are there stay.
+            max_shard_size: As in `save_pretrained`.
+
+        Raises:
+            ModelConfigurationError: transformers has no such model (the fields in the way are named), or the
+                tokenizer has more tokens than the model.
+            ConfigurationError: `max_shard_size` is not a size.
+            FileExistsError: The folder holds a model that `save_pretrained` wrote.
+            OSError: A file cannot be written.
+        """
+        _hf_files.write_checkpoint(Path(directory), self.config, self.state_dict(), tokenizer, max_shard_size)
+
+    @classmethod
+    def from_hf(
+        cls,
+        directory: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        dtype: torch.dtype | None = torch.float32,
+    ) -> Self:
+        """Read a Llama or GPT-2 checkpoint of transformers from a local folder, in evaluation mode.
+
+        Args:
+            directory: Folder with `config.json` and the weights in safetensors, in one file or several.
+            device: Where to put the model.
+            dtype: Type of its parameters. Half precision becomes float32 by default, which training needs
+                (`TrainingConfig.use_amp` computes in half precision all the same); None keeps each tensor's.
+
+        Raises:
+            FormatError: A file is missing, damaged, or pickled, or does not fit the others.
+            ModelConfigurationError: The model is of another architecture, or uses what this one lacks, such
+                as scaled rotations or a sliding window; the field and its value are named.
+        """
+        checkpoint = _hf_files.Checkpoint(Path(directory))
+        model = cls._without_weights(checkpoint.config, directory)
+        return model._with_weights(checkpoint.state(model.state_dict(), dtype, device))
+
+    @classmethod
+    def _without_weights(cls, config: ModelConfig, directory: str | Path) -> Self:
         try:
             with torch.device("meta"):
-                expected = cls(config).state_dict()
+                return cls(config)
         except (RuntimeError, OverflowError) as error:
-            raise FormatError(
-                f"{load_directory}: config.json asks for an impossible size: {error}"
-            ) from error
-        _model_files.check_state(Path(load_directory), expected, state)
-        model = cls(config)
-        model.load_state_dict(_model_files.untied(state, config), strict=True)
-        return cast("Any", model.to(device).eval())
+            raise FormatError(f"{directory}: config.json asks for an impossible size: {error}") from error
+
+    def _with_weights(self, state: dict[str, Tensor]) -> Self:
+        self.load_state_dict(_model_files.untied(state, self.config), strict=True, assign=True)
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        return self.eval()
 
 
 def _positions_in_segments(segments_BT: Tensor) -> Tensor:
