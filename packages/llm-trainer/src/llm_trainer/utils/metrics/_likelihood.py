@@ -1,20 +1,20 @@
-"""How well a model predicts."""
+"""How well a model predicts text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import cast
+from typing import Protocol, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from llm_trainer.data import LanguageModelingDataset
 from llm_trainer.exceptions import DataError
 from llm_trainer.models._evaluation_mode import evaluation_mode
-
-__all__ = ["batch_loss", "bits_per_byte", "compute_perplexity", "count_labels", "mean_loss", "perplexity_of"]
 
 _IGNORE_INDEX = -100
 
@@ -92,13 +92,66 @@ def compute_perplexity(
     return perplexity_of(loss)
 
 
-def bits_per_byte(loss: float, dataset: LanguageModelingDataset) -> float:
+class ByteCounter(Protocol):
+    """A tokenizer that knows how much text a token stands for; those of `llm_trainer.tokenizer` do."""
+
+    def token_byte_lengths(self) -> npt.NDArray[np.int64]:
+        """Return the number of UTF-8 bytes that each id stands for; 0 for the special ones."""
+        ...
+
+
+def bits_per_byte(
+    loss: float,
+    dataset: LanguageModelingDataset | Iterable[Mapping[str, Tensor]],
+    tokenizer: ByteCounter | None = None,
+) -> float:
     """Convert a mean loss on a dataset, in nats a token, into bits a byte of its text.
 
     It compares models with different tokenizers: loss * tokens / (ln 2 * UTF-8 bytes). End-of-text tokens
     are counted, for knowing where a text ends is part of knowing the text; beginning-of-text tokens are
-    not. The first token of a row, which nothing predicts, is taken to cost as much as the others do.
+    not.
+
+    Args:
+        loss: What `mean_loss` or `Trainer.evaluate` returned for the dataset.
+        dataset: A `LanguageModelingDataset`, whose texts' bytes are counted, and for which the first token
+            of a row, which nothing predicts, is taken to cost as much as the others do; with a tokenizer
+            any rows or batches with `labels`.
+        tokenizer: Counts the tokens that are predicted and their bytes, and so no others: exact also for
+            rows that lack a part of the texts.
+
+    Raises:
+        DataError: There is no byte of text, or a label that the tokenizer does not know, or the dataset
+            needs the tokenizer.
     """
-    stats = dataset.get_stats()
-    tokens = stats["num_tokens"] - stats["num_documents"]
-    return loss * tokens / (math.log(2) * stats["num_text_bytes"])
+    if tokenizer is not None:
+        tokens, text_bytes = _count_predicted(
+            cast("Iterable[Mapping[str, Tensor]]", dataset), tokenizer.token_byte_lengths()
+        )
+    elif isinstance(dataset, LanguageModelingDataset):
+        stats = dataset.get_stats()
+        tokens, text_bytes = stats["num_tokens"] - stats["num_documents"], stats["num_text_bytes"]
+    else:
+        raise DataError(
+            "Only a LanguageModelingDataset counts its bytes; give the tokenizer of the rows too."
+        )
+    if not text_bytes:
+        raise DataError("The data have no byte of text to predict, so there are no bits a byte.")
+    return loss * tokens / (math.log(2) * text_bytes)
+
+
+def _count_predicted(
+    rows: Iterable[Mapping[str, Tensor]], byte_lengths: npt.NDArray[np.int64]
+) -> tuple[int, int]:
+    lengths = torch.as_tensor(byte_lengths)
+    tokens = text_bytes = 0
+    for row in rows:
+        labels = row["labels"][..., 1:]
+        predicted = labels[labels != _IGNORE_INDEX].cpu()
+        if predicted.numel() and not 0 <= int(predicted.min()) <= int(predicted.max()) < len(lengths):
+            raise DataError(
+                f"The labels hold ids from {int(predicted.min())} to {int(predicted.max())}, the tokenizer "
+                f"has {len(lengths)}; give the one that the data were encoded with."
+            )
+        tokens += predicted.numel()
+        text_bytes += int(lengths[predicted].sum())
+    return tokens, text_bytes
