@@ -54,7 +54,7 @@ BLANKS = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(text=BLANKS)
 def test_cutting_around_blanks_changes_no_id(tokenizer, text):
-    whole = tiktoken.Encoding("whole", pat_str="(?s:.+)", mergeable_ranks=tokenizer._ranks, special_tokens={})
+    whole = tiktoken.Encoding("whole", pat_str="(?s:.+)", mergeable_ranks=tokenizer._model.ranks, special_tokens={})
     with pytest.MonkeyPatch.context() as patch:
         pattern = _long_blanks._LONG_RUN.pattern.replace("1024", "2")
         patch.setattr(_long_blanks, "_LONG_RUN", re.compile(pattern))
@@ -174,8 +174,8 @@ def test_damaged_files_are_refused(tokenizer, tmp_path):
     path, config = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
     good, good_config = path.read_text(), config.read_text()
 
-    config.write_text(good_config.replace('version": 1', 'version": 2'))
-    with pytest.raises(FormatError, match=r"version 2.*upgrade"):
+    config.write_text(good_config.replace('version": 2', 'version": 3'))
+    with pytest.raises(FormatError, match=r"version 3.*upgrade"):
         BPETokenizer.from_pretrained(tmp_path)
     config.write_text(good_config)
 

@@ -2,71 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from llm_trainer._files import check_version, read_json_object, write_json
+from llm_trainer._files import check_version, read_json_object, shown, write_json
 from llm_trainer.exceptions import FormatError
+from llm_trainer.tokenizer._byte_tokens import spell
+from llm_trainer.tokenizer._merges import Pair
+from llm_trainer.tokenizer._special import SpecialTokens
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _VERSION_KEY = "llm_trainer_format_version"
+_KIND_KEY = "llm_trainer_tokenizer"
+# The largest vocabularies in use make files of 35 MB.
+_LARGEST_FILE_BYTES = 1 << 28
 
 
-def _byte_characters() -> list[str]:
-    """Return the character that spells each byte in a vocabulary, as GPT-2 published it.
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a folder holds, before it is understood."""
 
-    Bytes that are printable in Latin-1 are themselves; the others are numbered from U+0100.
+    path: Path
+    """The `tokenizer.json`."""
+    kind: str | None
+    """Which of our tokenizers wrote it; None for other people's."""
+    config: dict[str, Any]
+    """The `tokenizer_config.json`, empty where there is none."""
+
+    def content(self) -> dict[str, Any]:
+        """Read the `tokenizer.json`."""
+        if self.path.exists() and self.path.stat().st_size > _LARGEST_FILE_BYTES:
+            raise FormatError(
+                f"{self.path} has {self.path.stat().st_size:,} bytes; no tokenizer is larger than "
+                f"{_LARGEST_FILE_BYTES:,}."
+            )
+        return read_json_object(self.path)
+
+    def roles(self) -> dict[str, str | None]:
+        """Return the names of the tokens that begin, end and pad, as far as the configuration says."""
+        return {role: _token_name(self.config.get(role)) for role in ("bos_token", "eos_token", "pad_token")}
+
+
+def find_files(location: str | Path) -> TokenizerFiles:
+    """Look at a folder, or at a `tokenizer.json` itself.
+
+    Raises:
+        FormatError: There is no `tokenizer.json`, or its configuration is damaged or newer than this release.
     """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    path = Path(location)
+    if not path.is_file():
+        path /= "tokenizer.json"
+    if not path.is_file():
+        raise FormatError(f"{path} does not exist.")
+    config_path = path.with_name("tokenizer_config.json")
+    config = read_json_object(config_path) if config_path.exists() else {}
+    kind = None
+    if _VERSION_KEY in config:
+        check_version(config_path, config[_VERSION_KEY], FORMAT_VERSION)
+        # Version 1 knew one kind only.
+        kind = config.get(_KIND_KEY, "bpe")
+        if not isinstance(kind, str):
+            raise FormatError(f"{config_path} names no tokenizer, but {shown(kind)}.")
+    return TokenizerFiles(path, kind, config)
 
 
-_CHARACTER_OF_BYTE = _byte_characters()
-_BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(_CHARACTER_OF_BYTE)}
+def _token_name(value: object) -> str | None:
+    # A plain string, or a description with the string in it.
+    if isinstance(value, dict):
+        value = cast("dict[str, object]", value).get("content")
+    return value if isinstance(value, str) and value else None
 
 
-def _spell(token: bytes) -> str:
-    return "".join(_CHARACTER_OF_BYTE[byte] for byte in token)
-
-
-def token_strings(ranks: Mapping[bytes, int]) -> dict[str, int]:
-    """Spell each token of bytes in printable characters."""
-    return {_spell(token): rank for token, rank in ranks.items()}
-
-
-def _merges(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
-    """List every pair of tokens that joins into a token, in order of the result's rank.
-
-    tiktoken joins any two neighbours whose concatenation is a token, so all the splits of a token belong
-    here.
-    """
-    merges: list[tuple[int, int, int, str, str]] = []
-    for token, rank in ranks.items():
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            left_rank, right_rank = ranks.get(left), ranks.get(right)
-            if left_rank is not None and right_rank is not None:
-                merges.append((rank, left_rank, right_rank, _spell(left), _spell(right)))
-    return [(left, right) for _, _, _, left, right in sorted(merges)]
-
-
-def write_files(
+def write_byte_level(
     directory: Path,
-    ranks: Mapping[bytes, int],
-    special_ids: Mapping[str, int],
-    pattern: str,
+    kind: str,
     *,
-    bos: str,
-    eos: str,
-    pad: str,
+    token_bytes: Sequence[bytes],
+    merges: Sequence[Pair],
+    whole_pieces: bool,
+    pattern: str,
+    special: SpecialTokens,
+    prefix: Sequence[int],
+    suffix: Sequence[int],
 ) -> None:
-    """Write both files; encoding there begins with `bos`, as `BPETokenizer.encode` does."""
+    """Write both files of a tokenizer that splits text at `pattern` and merges bytes.
+
+    Encoding there puts `prefix` and `suffix` around a text, as ours does.
+    """
+    names = {token_id: name for name, token_id in special.ids.items()}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
-    text_a, text_b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -81,16 +108,11 @@ def write_files(
                 "normalized": False,
                 "special": True,
             }
-            for token, token_id in special_ids.items()
+            for token, token_id in special.ids.items()
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [begin, text_a],
-            "pair": [begin, text_a, text_b],
-            "special_tokens": {bos: {"id": bos, "ids": [special_ids[bos]], "tokens": [bos]}},
-        },
+        "post_processor": _template([names[i] for i in prefix], [names[i] for i in suffix], special),
         "decoder": byte_level,
         "model": {
             "type": "BPE",
@@ -100,57 +122,44 @@ def write_files(
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            # tiktoken looks a whole word up before it merges.
-            "ignore_merges": True,
-            "vocab": token_strings(ranks) | dict(special_ids),
-            "merges": _merges(ranks),
+            "ignore_merges": whole_pieces,
+            "vocab": {names.get(i) or spell(token): i for i, token in enumerate(token_bytes)},
+            "merges": [(spell(left), spell(right)) for left, right in merges],
         },
     }
     write_json(directory / "tokenizer.json", tokenizer, indent=None)
+    write_config(directory, kind, special)
+
+
+def write_config(directory: Path, kind: str, special: SpecialTokens) -> None:
+    """Write `tokenizer_config.json`."""
     write_json(
         directory / "tokenizer_config.json",
         {
             _VERSION_KEY: FORMAT_VERSION,
+            _KIND_KEY: kind,
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": bos,
-            "eos_token": eos,
-            "pad_token": pad,
+            "bos_token": special.bos,
+            "eos_token": special.eos,
+            "pad_token": special.pad,
             "clean_up_tokenization_spaces": False,
         },
     )
 
 
-def read_files(directory: Path, special_tokens: Sequence[str], pattern: str) -> dict[bytes, int]:
-    """Return the ranks of the tokens of bytes from files that `write_files` wrote.
-
-    Raises:
-        FormatError: A file is missing, damaged, newer than this release, or of another kind of tokenizer.
-    """
-    config_path, path = directory / "tokenizer_config.json", directory / "tokenizer.json"
-    check_version(config_path, read_json_object(config_path).get(_VERSION_KEY), FORMAT_VERSION)
-    content = read_json_object(path)
-    try:
-        vocab = cast("dict[str, int]", content["model"]["vocab"])
-        found_pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-        ordered = sorted(vocab.items(), key=lambda item: item[1])
-        count = len(ordered) - len(special_tokens)
-        tokens = [bytes(_BYTE_OF_CHARACTER[character] for character in token) for token, _ in ordered[:count]]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path} is not a tokenizer that llm-trainer wrote ({error!r}).") from error
-    _require(found_pattern == pattern, path, "its split pattern is another one")
-    _require(
-        [rank for _, rank in ordered] == list(range(len(ordered))), path, "its ids are not consecutive from 0"
+def _template(prefix: Sequence[str], suffix: Sequence[str], special: SpecialTokens) -> dict[str, Any] | None:
+    if not prefix and not suffix:
+        return None
+    before, after = (
+        [{"SpecialToken": {"id": name, "type_id": 0}} for name in part] for part in (prefix, suffix)
     )
-    _require(
-        [token for token, _ in ordered[count:]] == list(special_tokens), path, "its special tokens are others"
-    )
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    _require(
-        len(ranks) == count and all(bytes([byte]) in ranks for byte in range(256)), path, "it lacks bytes"
-    )
-    return ranks
-
-
-def _require(condition: Any, path: Path, problem: str) -> None:
-    if not condition:
-        raise FormatError(f"{path} is not a tokenizer that llm-trainer wrote, or is damaged: {problem}.")
+    text_a, text_b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [*before, text_a, *after],
+        "pair": [*before, text_a, text_b, *after],
+        "special_tokens": {
+            name: {"id": name, "ids": [special.ids[name]], "tokens": [name]}
+            for name in dict.fromkeys([*prefix, *suffix])
+        },
+    }
