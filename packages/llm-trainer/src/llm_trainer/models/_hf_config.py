@@ -131,14 +131,11 @@ class _Fields:
     def optional(self, name: str, default: Any) -> Any:
         return self._left.pop(name, default)
 
-    def only(self, *allowed: Any, **defaults: Any) -> None:
-        """Refuse a field that has another value than those allowed."""
-        for name, default in defaults.items():
-            value = self._left.pop(name, default)
-            if value not in (allowed or (default,)):
-                self.refuse(
-                    name, value, f"llm-trainer has only {' or '.join(map(repr, allowed or (default,)))}"
-                )
+    def only(self, name: str, *allowed: Any) -> None:
+        """Refuse a field that has none of the values allowed, of which the first is the default."""
+        value = self._left.pop(name, allowed[0])
+        if value not in allowed:
+            self.refuse(name, value, f"llm-trainer has only {' or '.join(map(repr, allowed))}")
 
     def refuse(self, name: str, value: object, why: str) -> None:
         raise ModelConfigurationError(f"{self.path}: {name} is {shown(value)}, but {why}.")
@@ -148,7 +145,7 @@ class _Fields:
         for name, value in self._left.items():
             if name not in _WITHOUT_EFFECT and value is not False:
                 self.refuse(
-                    name[:100],
+                    shown(name),
                     value,
                     "llm-trainer does not know this field and will not ignore it; if it changes nothing in "
                     "the model, remove it from the file",
@@ -172,37 +169,34 @@ def read_hf_config(path: Path, content: Mapping[str, Any]) -> tuple[str, ModelCo
         raise ModelConfigurationError(
             f"{path}: model_type is {shown(architecture)}; from_hf reads 'llama' and 'gpt2'."
         )
-    values = readers[architecture](fields)
-    values["vocab_size"] = fields.required("vocab_size")
-    fields.only(False, is_decoder=False, is_encoder_decoder=False, add_cross_attention=False)
+    head_width = fields.optional("head_dim", None)
+    values = readers[architecture](fields) | {"vocab_size": fields.required("vocab_size")}
+    for name in ("is_decoder", "is_encoder_decoder", "add_cross_attention"):
+        fields.only(name, False)
     fields.finish()
     try:
-        return architecture, ModelConfig.from_dict(_NEEDED[architecture] | values)
+        config = ModelConfig.from_dict(_NEEDED[architecture] | values)
     except ConfigurationError as error:
         raise FormatError(f"{path} does not describe a model: {error}") from error
+    if head_width not in (None, config.d_head):
+        fields.refuse("head_dim", head_width, f"llm-trainer has only width // heads, here {config.d_head}")
+    return architecture, config
 
 
 def _read_llama(fields: _Fields) -> dict[str, Any]:
-    width, heads = fields.required("hidden_size"), fields.required("num_attention_heads")
-    head_width = fields.optional("head_dim", None)
-    if (
-        isinstance(width, int)
-        and isinstance(heads, int)
-        and head_width is not None
-        and head_width * heads != width
-    ):
-        fields.refuse("head_dim", head_width, "llm-trainer has only hidden_size // num_attention_heads")
+    heads = fields.required("num_attention_heads")
     bias = fields.optional("attention_bias", False)
     if fields.optional("mlp_bias", False) != bias:
         fields.refuse(
-            "attention_bias", bias, "mlp_bias is not, and llm-trainer has biases everywhere or nowhere"
+            "attention_bias", bias, "mlp_bias is not, and llm-trainer has biases in both or neither"
         )
-    fields.only(hidden_act="silu")
-    fields.only(pretraining_tp=1)
+    fields.only("hidden_act", "silu")
+    fields.only("pretraining_tp", 1)
+    kv_heads = fields.optional("num_key_value_heads", None)
     return {
-        "d_model": width,
+        "d_model": fields.required("hidden_size"),
         "n_heads": heads,
-        "n_kv_heads": fields.optional("num_key_value_heads", None),
+        "n_kv_heads": None if kv_heads == heads else kv_heads,
         "n_layers": fields.required("num_hidden_layers"),
         "d_ff": fields.required("intermediate_size"),
         "max_seq_len": fields.required("max_position_embeddings"),
@@ -223,25 +217,30 @@ def _rope_theta(fields: _Fields) -> Any:
         if not isinstance(rope, dict):
             raise FormatError(f"{fields.path}: {name} is {shown(rope)}; it must be an object.")
         inner = _Fields(fields.path, cast("dict[str, Any]", rope))
-        inner.only("default", rope_type="default", type="default")
-        inner.only(partial_rotary_factor=1.0)
+        for key in ("rope_type", "type"):
+            inner.only(key, "default")
+        inner.only("partial_rotary_factor", 1.0)
         found = inner.optional("rope_theta", theta)
         if theta is not None and found != theta:
             fields.refuse("rope_theta", theta, f"{name} says {shown(found)}")
         theta = found
         inner.finish()
-    fields.only(partial_rotary_factor=1.0)
+    fields.only("partial_rotary_factor", 1.0)
     return 10000.0 if theta is None else theta
 
 
 def _read_gpt2(fields: _Fields) -> dict[str, Any]:
     width, positions = fields.required("n_embd"), fields.required("n_positions")
     dropout = fields.optional("resid_pdrop", 0.1)
-    fields.only(dropout, embd_pdrop=0.1)
-    fields.only("gelu_new", "gelu_pytorch_tanh", activation_function="gelu_new")
-    fields.only(True, scale_attn_weights=True)
-    fields.only(False, scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False)
-    fields.only(n_ctx=positions)
+    embedding_dropout = fields.optional("embd_pdrop", 0.1)
+    if embedding_dropout != dropout:
+        fields.refuse("embd_pdrop", embedding_dropout, f"resid_pdrop is {shown(dropout)}; they must be equal")
+    fields.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
+    fields.only("scale_attn_weights", True)
+    fields.only("scale_attn_by_inverse_layer_idx", False)
+    fields.only("reorder_and_upcast_attn", False)
+    # An older name for the same number.
+    fields.only("n_ctx", positions)
     return {
         "d_model": width,
         "n_heads": fields.required("n_head"),
