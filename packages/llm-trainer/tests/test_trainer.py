@@ -59,6 +59,8 @@ def make_trainer(tokenizer, dataset):
             "max_steps": 6,
             "use_amp": False,
             "warmup_steps": 0,
+            "checkpoint_dir": None,
+            "report_to": (),
         }
         config = TrainingConfig(**(defaults | settings))
         return Trainer(

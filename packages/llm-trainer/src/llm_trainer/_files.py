@@ -37,9 +37,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    # The rename itself lasts only once the folder is on disk.
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Have a folder's entries on disk; Windows cannot open folders."""
     if os.name == "posix":
-        # The rename itself lasts only once the folder is on disk; Windows cannot open folders.
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

@@ -1,6 +1,7 @@
 """What llm-trainer raises of its own; each is also the standard exception that callers expect."""
 
 __all__ = [
+    "CheckpointError",
     "ConfigurationError",
     "DataError",
     "FormatError",
@@ -41,6 +42,10 @@ class DataError(LLMTrainerError, ValueError):
 
 class FormatError(LLMTrainerError, ValueError):
     """A file of ours is missing, damaged, or written by a newer version."""
+
+
+class CheckpointError(FormatError):
+    """A checkpoint is missing, damaged, or of another model, data or optimizer."""
 
 
 class TrainingError(LLMTrainerError, RuntimeError):

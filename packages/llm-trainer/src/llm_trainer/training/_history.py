@@ -38,6 +38,13 @@ class HistoryRecord:
     """Norm of the step's gradient before clipping; None if it made no update."""
     skipped_steps: int
     """Steps so far whose loss or gradient was not finite, and that changed nothing."""
+    epoch: float | None = None
+    """Passes over the data so far; None where the data have no length."""
+    mfu: float | None = None
+    """Floating-point operations of the model a second, as a share of the device's peak; None where that is
+    not known."""
+    rss_mb: float | None = None
+    """Resident memory of the process, in MB of 2**20 bytes."""
 
 
 class TrainingHistory:

@@ -1,30 +1,35 @@
-"""The training loop."""
+"""The trainer."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Sequence, Sized
+import secrets
+import signal
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 from av_memory import MemoryTracker
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, IterableDataset
 
-from llm_trainer.config import TrainingConfig
-from llm_trainer.data import create_dataloader
-from llm_trainer.exceptions import TrainingError
+from llm_trainer.config import DataConfig, ModelConfig, TrainingConfig
+from llm_trainer.data import PositionedLoader, create_dataloader, load_splits
+from llm_trainer.exceptions import ModelConfigurationError, TrainingError
 from llm_trainer.models import TransformerLM
 from llm_trainer.models._model_files import check_tokenizer
 from llm_trainer.tokenizer import BPETokenizer
+from llm_trainer.training import _checkpoints
+from llm_trainer.training._checkpoint_folder import remove_unfinished
 from llm_trainer.training._history import TrainingHistory
-from llm_trainer.training._interrupt import InterruptGuard
 from llm_trainer.training._loop import TrainingLoop
 from llm_trainer.training._precision import Precision
 from llm_trainer.training._progress import ProgressReport
-from llm_trainer.training.callbacks import Callback
+from llm_trainer.training._run_folder import run_info, save_curves
+from llm_trainer.training._signals import SignalGuard
+from llm_trainer.training.callbacks import Callback, EarlyStopping
+from llm_trainer.training.loggers import create_loggers
 from llm_trainer.training.utils import get_device, set_seed
 from llm_trainer.utils.metrics import mean_loss, perplexity_of
 
@@ -37,7 +42,7 @@ class Trainer:
     """Trains a model on rows of tokens, such as `LanguageModelingDataset`.
 
     Two runs with the same seed, data, initial weights and number of threads give the same weights to the
-    bit on a CPU.
+    bit on a CPU, also where one of them was ended in the middle, however, and resumed.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Trainer:
         Raises:
             TrainingError: The model has fewer embeddings than the tokenizer has tokens.
             ConfigurationError: `config` was changed into an impossible one.
+            MissingLoggerError: What `report_to` asks for is not installed.
             TokenizerNotTrainedException: The tokenizer has no vocabulary.
         """
         config.validate()
@@ -83,62 +89,191 @@ class Trainer:
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.callbacks = list(callbacks)
+        if config.early_stopping_patience is not None:
+            self.callbacks.append(
+                EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold)
+            )
         self.history = TrainingHistory()
         self.should_stop = False
         self.step = 0
+        self.run_id = ""
+        self.compiles_first_step = config.compile_model
         self._show_progress = show_progress
         self._precision = Precision(config, self.device)
+        self._data_config: DataConfig | None = None
+        self._loop: TrainingLoop | None = None
+        self._save_failure: OSError | None = None
+        folder = config.output_dir or config.checkpoint_dir
+        self.run_folder: Path | None = None if folder is None else Path(folder)
+        self._loggers = (
+            []
+            if self.run_folder is None
+            else create_loggers(config.report_to, self.run_folder, config.run_name)
+        )
 
-    def train(self) -> TrainingHistory:
-        """Train from the first step to the last and return the history, which begins anew.
+    def train(self, resume_from_checkpoint: str | Path | None = None) -> TrainingHistory:
+        """Train to the last step and return the history.
 
-        With `output_dir`, `history.jsonl` there is written before the first step, at each evaluation, and
-        however training ends.
+        A run begins anew, unless `resume_from_checkpoint` (here or in the configuration) says otherwise or
+        `_load_checkpoint` was called.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or `latest` for the newest one in `checkpoint_dir`
+                that is whole; if there is none, the run begins anew.
 
         Raises:
             TrainingError: There is no training data, or too many steps in a row were not finite.
-            OSError: `output_dir` cannot be written to. Where that happens in the middle, it is logged, and
-                raised when training is over.
-            KeyboardInterrupt: Ctrl-C was pressed: the step in hand was finished and the history written, so
-                the model can be used or saved. Pressing it twice stops at once.
+            CheckpointError: The checkpoint is damaged, or of another model, tokenizer or optimizer.
+            DataError: It is of other data.
+            OSError: The run's folder cannot be written to. Where that happens in the middle, it is logged,
+                and raised when training is over.
+            KeyboardInterrupt: Ctrl-C was pressed. The step in hand was finished (or what was not a step, such
+                as an evaluation, cut short) and a checkpoint written. Pressing it twice stops at once.
+            SystemExit: With code 143 (128 + 15) after SIGTERM, in the same way.
         """
+        resume = resume_from_checkpoint or self.config.resume_from_checkpoint
+        if resume is not None or self._loop is None:
+            self._loop = self._begin(resume)
+        loop = self._loop
+        if loop.total_steps <= self.step:
+            _logger.warning("Nothing is left to train: step %s of %s.", self.step, loop.total_steps)
+        try:
+            self._run(loop)
+        finally:
+            self._loop = None
+        return self.history
+
+    def train_from_config(self, model_config: ModelConfig, data_config: DataConfig) -> TrainingHistory:
+        """Read the text that `data_config` names, as rows of this trainer's tokenizer, and train on it.
+
+        Args:
+            model_config: That of the model, which was built before; given again so that they are compared.
+            data_config: Text to train and evaluate on.
+
+        Raises:
+            ModelConfigurationError: `model_config` is not that of the model, or the rows are too long for it.
+            DataError: A text is missing, empty or not text.
+
+        `train` says what else is raised.
+        """
+        different = _checkpoints.differences(model_config, self.model.config)
+        if different:
+            raise ModelConfigurationError(
+                f"model_config is not that of the trainer's model: {different}; build the model with it."
+            )
+        data_config.validate()
+        _check_length(data_config.max_length, self.model.config)
+        cache = None if self.run_folder is None else self.run_folder / "data"
+        splits = load_splits(data_config, self.tokenizer, cache_dir=cache)
+        self.train_dataset, self.eval_dataset = splits.train, splits.validation
+        self._data_config = data_config
+        return self.train()
+
+    def _train_epoch(self) -> float:
+        """Train to the end of the current pass over the data, and return its mean loss in nats a token.
+
+        A run that does not exist yet begins; `train` goes on with it, and `_save_checkpoint` saves it.
+        """
+        if self._loop is None:
+            self._loop = self._begin(self.config.resume_from_checkpoint)
+        counts = self._loop.counts
+        loss, labels = counts.loss, counts.labels
+        self._run(self._loop, epochs=1)
+        return (counts.loss - loss) / max(1, counts.labels - labels)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Do what `evaluate` does."""
+        return self.evaluate()
+
+    def _save_checkpoint(self) -> Path:
+        """Write a checkpoint of the present state into `checkpoint_dir` and return its folder.
+
+        Raises:
+            TrainingError: There is no `checkpoint_dir`, no training data, or a weight is not finite.
+            OSError: It cannot be written.
+        """
+        if self._loop is None:
+            self._loop = self._begin(None)
+        if self.config.checkpoint_dir is None:
+            raise TrainingError("TrainingConfig.checkpoint_dir is None; set it to save checkpoints.")
+        return _checkpoints.save(self, self._loop)
+
+    def _load_checkpoint(self, path: str | Path = "latest") -> Path | None:
+        """Go to the state of a checkpoint, from which `train` goes on; return its folder.
+
+        Args:
+            path: Its folder, or `latest`; then None is returned if there is none.
+
+        `train` says what is raised.
+        """
+        self._loop = self._begin(path)
+        return self._resumed_from
+
+    def _begin(self, resume: str | Path | None) -> TrainingLoop:
+        """Return a run at its beginning, or at the checkpoint that it is to go on from."""
         if self.train_dataset is None:
             raise TrainingError("There is nothing to train on: give train_dataset to Trainer(...).")
-        if not len(cast("Sized", self.train_dataset)):
+        if not isinstance(self.train_dataset, IterableDataset) and not len(cast("Sized", self.train_dataset)):
             raise TrainingError("The training dataset has no rows.")
-        loader = self._loader(self.train_dataset, train=True)
-        steps_in_epoch = math.ceil(len(loader) / self.config.gradient_accumulation_steps)
-        total_steps = self.config.max_steps or steps_in_epoch * self.config.num_epochs
+        for dataset in (self.train_dataset, self.eval_dataset):
+            _check_length(getattr(dataset, "max_length", 0), self.model.config)
         self.history = TrainingHistory()
         self.step = 0
         self.should_stop = False
-        set_seed(self.config.seed)
-        # A folder that cannot be written to is found before the work, not after it.
-        self.save_history()
-        interrupt = InterruptGuard()
-        dataset = self.eval_dataset
+        self._save_failure = None
+        folder = None if self.config.checkpoint_dir is None else Path(self.config.checkpoint_dir)
+        self._resumed_from = None if resume is None else _checkpoints.find(resume, folder)
+        if folder is not None:
+            # A folder that cannot be written to is found before the work, not after it.
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(folder)
+        loader = self._loader(self.train_dataset, train=True)
         loop = TrainingLoop(
             self,
-            total_steps=total_steps,
-            steps_in_epoch=steps_in_epoch,
+            loader=loader,
+            batches_in_epoch=None if isinstance(self.train_dataset, IterableDataset) else len(loader),
             precision=self._precision,
-            interrupt=interrupt,
-            evaluate=None
-            if dataset is None
-            else lambda: self._mean_loss(dataset, stop=lambda: interrupt.requested)[0],
-            save_history=self._try_to_save_history,
-            progress=ProgressReport(total_steps) if self._show_progress else None,
         )
+        self.run_id = secrets.token_hex(8)
+        if self._resumed_from is None:
+            set_seed(self.config.seed)
+        else:
+            _checkpoints.load(self._resumed_from, self, loop)
+        if self.run_folder is not None:
+            self.save_history()
+            run_info(self, self._data_config).save(self.run_folder)
+        return loop
+
+    def _run(self, loop: TrainingLoop, *, epochs: int | None = None) -> None:
+        guard = SignalGuard()
+        progress = ProgressReport(loop.total_steps, first_step=self.step) if self._show_progress else None
+        started = []
         try:
-            with MemoryTracker("train"), interrupt:
-                loop.run(loader)
+            for logger in self._loggers:
+                logger.start(
+                    run_info(self, self._data_config).values,
+                    resumed_from_step=self.step or None,
+                )
+                started.append(logger)
+            with MemoryTracker("train"), guard:
+                loop.run(guard, progress, started, epochs=epochs)
         finally:
-            failure = self._try_to_save_history()
-        if interrupt.requested:
-            raise KeyboardInterrupt(f"Training was interrupted after step {self.step} of {total_steps}.")
+            failure = self.try_to_save_history() or self._save_failure
+            for logger in started:
+                logger.close()
+        if guard.received is not None:
+            message = f"Training was ended by {guard.received.name} after step {self.step} of "
+            message += f"{loop.total_steps}."
+            if failure is None and loop.saved_step == self.step:
+                message += ' Go on with resume_from_checkpoint="latest".'
+            _logger.warning(message)
+            if guard.received is signal.SIGTERM:
+                raise SystemExit(128 + signal.SIGTERM)
+            raise KeyboardInterrupt(message)
+        if failure is None and self.run_folder is not None and loop.ends():
+            save_curves(self, self.run_folder)
         if failure is not None:
             raise failure
-        return self.history
 
     def evaluate(self) -> dict[str, float]:
         """Return the evaluation data's loss (nats a token, weighted by tokens), perplexity and number of
@@ -150,16 +285,27 @@ class Trainer:
         if self.eval_dataset is None:
             raise TrainingError("There is nothing to evaluate on: give eval_dataset to Trainer(...).")
         loss, tokens = self._mean_loss(self.eval_dataset)
-        if loss is None:
+        if not tokens:
             raise TrainingError("The evaluation dataset has no token to predict.")
         return {"loss": loss, "perplexity": perplexity_of(loss), "tokens": float(tokens)}
 
-    def _mean_loss(self, dataset: Rows, stop: Callable[[], bool] = lambda: False) -> tuple[float | None, int]:
-        """Return the loss and the number of predicted tokens; None if there are none, or it was stopped."""
+    def evaluation_loss(self, progress: ProgressReport | None = None) -> float | None:
+        """Return the loss of the evaluation data; None if there is nothing to predict."""
+        loss, tokens = self._mean_loss(cast("Rows", self.eval_dataset), progress)
+        return loss if tokens else None
+
+    def _mean_loss(self, dataset: Rows, progress: ProgressReport | None = None) -> tuple[float, int]:
         loader = self._loader(dataset, train=False)
+        total = None if isinstance(dataset, IterableDataset) else len(loader)
+
+        def batches() -> Iterator[dict[str, Tensor]]:
+            for number, batch in enumerate(loader, start=1):
+                yield batch
+                if progress is not None:
+                    progress.evaluating(number, total)
+
         with MemoryTracker("evaluate"), self._precision.autocast():
-            loss, tokens = mean_loss(self.model, loader, self.device, stop=stop)
-        return (None if stop() or not tokens else loss), tokens
+            return mean_loss(self.model, batches(), self.device)
 
     def generate_text(self, prompt: str, max_length: int = 100, **kwargs: Any) -> str:
         """Return the prompt and its continuation, `max_length` tokens in all, or up to the end of the text.
@@ -198,7 +344,7 @@ class Trainer:
         """Return a trainer with a saved model and tokenizer.
 
         Args:
-            model_path: Folder of the model.
+            model_path: Folder of the model; a checkpoint's will do.
             tokenizer_path: Folder of the tokenizer; `model_path` by default.
             config: Settings for further training; the defaults if None.
             **kwargs: Further parameters of `Trainer`, such as `eval_dataset`.
@@ -211,27 +357,60 @@ class Trainer:
         check_tokenizer(Path(model_path), tokenizer.fingerprint())
         return cls(TransformerLM.from_pretrained(model_path), tokenizer, config or TrainingConfig(), **kwargs)
 
-    def _loader(self, dataset: Rows, *, train: bool) -> DataLoader[dict[str, Tensor]]:
+    def _loader(self, dataset: Rows, *, train: bool) -> PositionedLoader:
+        workers = self.config.dataloader_num_workers
+        if workers is None:
+            workers = 0 if self._data_config is None else self._data_config.dataloader_num_workers
         return create_dataloader(
             dataset,
             batch_size=self.config.batch_size,
-            shuffle=train,
-            num_workers=self.config.dataloader_num_workers,
+            shuffle=train and not isinstance(dataset, IterableDataset),
+            num_workers=workers if train else 0,
             pin_memory=self.device.type == "cuda",
             # An evaluation with torch's own random numbers would change the dropout of the steps after it.
             seed=self.config.seed,
         )
 
-    def save_history(self) -> None:
-        """Write `history.jsonl` into `output_dir`, if there is one."""
-        if self.config.output_dir is not None:
-            self.history.save(Path(self.config.output_dir) / "history.jsonl")
+    def model_flops_utilisation(self, tokens_per_s: float) -> float | None:
+        """Return the model's floating-point operations at this speed, as a share of the device's peak."""
+        return None
 
-    def _try_to_save_history(self) -> OSError | None:
-        """Write the history; a failure must end neither a long training nor hide what did end it."""
+    def save_history(self) -> None:
+        """Write `history.jsonl` into the run's folder, if there is one."""
+        if self.run_folder is not None:
+            self.history.save(self.run_folder / "history.jsonl")
+
+    def try_to_save_history(self) -> OSError | None:
+        """Write the history; a failure must neither end a long training nor hide what did end it."""
         try:
             self.save_history()
         except OSError as error:
             _logger.warning("The history cannot be written (%s); the model is not concerned.", error)
             return error
         return None
+
+    def save_periodically(self, loop: TrainingLoop) -> None:
+        """Write a checkpoint, if there is a folder for them; a failure is logged and kept for the end, for
+        the earlier checkpoints are still there and the next save may succeed.
+        """
+        if self.config.checkpoint_dir is None:
+            return
+        self._save_failure = None
+        try:
+            path = _checkpoints.save(self, loop)
+        except OSError as error:
+            self._save_failure = error
+            _logger.error(
+                "The checkpoint of step %s cannot be written (%s); training goes on.", self.step, error
+            )
+            return
+        for callback in self.callbacks:
+            callback.on_save(self, path)
+
+
+def _check_length(max_length: int, config: ModelConfig) -> None:
+    if max_length > config.max_seq_len:
+        raise ModelConfigurationError(
+            f"Rows of {max_length} tokens are longer than the model's max_seq_len ({config.max_seq_len}); "
+            f"make the rows with max_length={config.max_seq_len}, or the model with a larger max_seq_len."
+        )

@@ -1,0 +1,120 @@
+"""Checkpoints of a run: which files they have, and how a trainer goes back to one."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llm_trainer._files import shown
+from llm_trainer.config import ModelConfig
+from llm_trainer.exceptions import CheckpointError, TrainingError
+from llm_trainer.models import TransformerLM
+from llm_trainer.models._model_files import check_tokenizer
+from llm_trainer.training._checkpoint_folder import newest_checkpoint, verify_checkpoint, write_checkpoint
+from llm_trainer.training._state import load_state, save_state
+
+if TYPE_CHECKING:
+    from llm_trainer.training._loop import TrainingLoop
+    from llm_trainer.training._trainer import Trainer
+
+_logger = logging.getLogger(__name__)
+
+STATE_FILE = "training_state.safetensors"
+_STATE_VERSION = 1
+# These change no weight's shape and no result of the finished model.
+_MAY_DIFFER = {"dropout", "attention_dropout", "gradient_checkpointing", "max_seq_len"}
+
+
+def save(trainer: Trainer, loop: TrainingLoop) -> Path:
+    """Write a checkpoint into `checkpoint_dir`; older ones beyond `save_total_limit` go after it verifies.
+
+    Raises:
+        TrainingError: A weight or the optimizer's state is not finite; nothing is written.
+        OSError: It cannot be written; the ones that were there still are.
+    """
+    state = {"version": _STATE_VERSION, "run_id": trainer.run_id, **loop.state_dict()}
+    _require_finite(trainer, loop)
+
+    def write(folder: Path) -> None:
+        trainer.save_model(folder)
+        save_state(folder / STATE_FILE, state)
+
+    info = write_checkpoint(
+        Path(str(trainer.config.checkpoint_dir)),
+        trainer.step,
+        trainer.run_id,
+        write,
+        trainer.config.save_total_limit,
+    )
+    loop.saved_step = trainer.step
+    return info.path
+
+
+def find(resume: str | Path, folder: Path | None) -> Path | None:
+    """Return the folder of a whole checkpoint; None if the newest is asked for and there is none.
+
+    Raises:
+        CheckpointError: The one that is named is missing or damaged.
+    """
+    if str(resume) != "latest":
+        return verify_checkpoint(Path(resume)).path
+    if folder is None:
+        raise CheckpointError('"latest" is looked for in TrainingConfig.checkpoint_dir, which is None.')
+    newest, passed = newest_checkpoint(folder)
+    for reason in passed:
+        _logger.warning("A checkpoint is passed over: %s", reason)
+    if newest is None:
+        _logger.warning("There is no whole checkpoint in %s; training begins anew.", folder)
+        return None
+    _logger.info("Training goes on from %s.", newest.path)
+    return newest.path
+
+
+def load(path: Path, trainer: Trainer, loop: TrainingLoop) -> None:
+    """Put the model, the loop and the trainer's counts into the state of a verified checkpoint.
+
+    Raises:
+        CheckpointError: It is of another model, tokenizer or optimizer, or of a newer release.
+        DataError: It is of other data.
+    """
+    model = TransformerLM.from_pretrained(path)
+    different = differences(model.config, trainer.model.config, _MAY_DIFFER)
+    if different:
+        raise CheckpointError(f"{path} is of another model: {different}.")
+    check_tokenizer(path, trainer.tokenizer.fingerprint())
+    state = load_state(path / STATE_FILE)
+    if state.get("version") != _STATE_VERSION:
+        raise CheckpointError(
+            f"{path} has training state of version {shown(state.get('version'))}; this llm-trainer reads "
+            f"{_STATE_VERSION}."
+        )
+    loop.load_state_dict(state)
+    trainer.run_id = state["run_id"]
+    trainer.model.load_state_dict(model.state_dict())
+
+
+def differences(found: ModelConfig, expected: ModelConfig, ignored: set[str] | None = None) -> str:
+    """Name the fields in which two models differ; nothing if there are none."""
+    return ", ".join(
+        f"{field.name} is {getattr(found, field.name)!r}, the model's {getattr(expected, field.name)!r}"
+        for field in dataclasses.fields(found)
+        if field.name not in (ignored or ()) and getattr(found, field.name) != getattr(expected, field.name)
+    )
+
+
+def _require_finite(trainer: Trainer, loop: TrainingLoop) -> None:
+    tensors = dict(trainer.model.named_parameters())
+    for number, state in enumerate(loop.optimizer_states()):
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{name} of the optimizer's parameter {number}"] = value
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise TrainingError(
+                f"{name} is not finite after step {trainer.step}, so no checkpoint is made of it; the ones "
+                f"that are there are not concerned. Resume from one with a lower learning rate."
+            )

@@ -1,0 +1,68 @@
+"""What a run's folder tells of the run: settings, versions, seed, and curves at the end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llm_trainer import __version__
+from llm_trainer._files import write_json
+from llm_trainer.config import DataConfig
+from llm_trainer.training.plots import save_loss_curve
+
+if TYPE_CHECKING:
+    from llm_trainer.training._trainer import Trainer
+
+_logger = logging.getLogger(__name__)
+_LIBRARIES = ("numpy", "rustbpe", "safetensors", "tiktoken", "torch")
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What `run.json` holds."""
+
+    values: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write `run.json`."""
+        write_json(folder / "run.json", self.values)
+
+
+def run_info(trainer: Trainer, data_config: DataConfig | None) -> RunInfo:
+    """Describe a run: the configurations, with the seed, and what they were run with and on."""
+    return RunInfo(
+        {
+            "run_id": trainer.run_id,
+            "model": trainer.model.config.to_dict(),
+            "training": trainer.config.to_dict(),
+            "data": None if data_config is None else data_config.to_dict(),
+            "seed": trainer.config.seed,
+            "parameters": trainer.model.get_num_params(),
+            "tokenizer": trainer.tokenizer.fingerprint(),
+            "device": str(trainer.device),
+            "device_name": torch.cuda.get_device_name(trainer.device)
+            if trainer.device.type == "cuda"
+            else platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "python": platform.python_version(),
+                "llm-trainer": __version__,
+                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+            },
+        }
+    )
+
+
+def save_curves(trainer: Trainer, folder: Path) -> None:
+    """Draw the history as a picture and as a page; a failure is logged, for the run is over and well."""
+    for name in ("loss.png", "report.html"):
+        try:
+            save_loss_curve(trainer.history, folder / name)
+        except OSError as error:
+            _logger.warning("%s cannot be written: %s", folder / name, error)
