@@ -9,6 +9,7 @@ from typing import ClassVar, cast
 from llm_trainer.config._base import Config
 
 PACKINGS = ("best_fit", "concatenate")
+FILE_PATTERNS = ("*.txt", "*.jsonl", "*.jsonl.gz", "*.parquet")
 
 
 @dataclass
@@ -21,21 +22,23 @@ class DataConfig(Config):
     section: ClassVar[str] = "data"
 
     dataset_name: str = "wikitext"
-    """A Hugging Face data set; or a path: of one that was saved with `save_to_disk`, of a file (text, `.jsonl`,
-    `.parquet`), or of a folder of them; or `python-stdlib`, the sources of Python's standard library."""
+    """A Hugging Face data set; or a path: of one that was saved with `save_to_disk`, of a file (text,
+    `.jsonl`, `.jsonl.gz`, `.parquet`), or of a folder of such files; or `python-stdlib`, the sources of
+    Python's standard library. `llm_trainer.data.read_dataset` says more."""
     dataset_config: str | None = "wikitext-103-raw-v1"
     """Configuration of the Hugging Face data set; not read for a path or `python-stdlib`."""
     dataset_split: str = "train"
     """Split to train on."""
     validation_split: str | None = "validation"
-    """Split to evaluate on; None evaluates on `validation_file` or nothing."""
+    """Split of the data set to evaluate on; None evaluates on `validation_file` or nothing. Not read with
+    `train_file`."""
     text_column: str = "text"
     """Column, or key of a JSON line, that holds the text."""
     train_file: str | None = None
     """File or folder to train on, instead of the data set."""
     validation_file: str | None = None
     """File or folder to evaluate on, instead of the validation split."""
-    file_patterns: tuple[str, ...] = ("*.txt", "*.jsonl", "*.parquet")
+    file_patterns: tuple[str, ...] = FILE_PATTERNS
     """Names of the files that are read from a folder, at any depth."""
     max_length: int = 1024
     """Tokens in a row."""
@@ -49,11 +52,12 @@ class DataConfig(Config):
     pack_sequences: bool = True
     """Fill rows with several documents; False gives each document rows of its own, padded at the end."""
     packing: str = "best_fit"
-    """`best_fit` starts every row with a document's start and cuts few documents; `concatenate` puts them behind
-    one another and cuts wherever a row is full."""
+    """`best_fit` cuts only documents that are longer than a row; `concatenate` puts all behind one another
+    and cuts wherever a row is full."""
     cache_dir: str | None = None
-    """Folder of the token files, which are reused while text, tokenizer and settings stay the same. None means
-    `data` in the run's folder, or no files (tokens in memory) where there is none."""
+    """Folder of the token files and the trained tokenizer, which are reused while text, tokenizer and
+    settings stay the same; nothing in it is deleted but what a crash left. None means `data` in the run's
+    folder, or no files (tokens in memory) where there is none."""
     preprocessing_num_workers: int = 4
     """Threads that tokenize."""
     dataloader_num_workers: int = 4

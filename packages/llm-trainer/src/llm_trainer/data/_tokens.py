@@ -1,45 +1,19 @@
-"""Documents as one array of token ids."""
+"""Documents as one array of token ids in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llm_trainer.data._encode import encode_documents, token_dtype
 from llm_trainer.exceptions import DataError
-
-
-class Tokenizer(Protocol):
-    """What the data needs of a tokenizer; `BPETokenizer` has it."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-        ...
-
-    @property
-    def bos_token_id(self) -> int:
-        """Id that begins a document."""
-        ...
-
-    @property
-    def eos_token_id(self) -> int:
-        """Id that ends a document."""
-        ...
-
-    @property
-    def pad_token_id(self) -> int:
-        """Id that fills rows."""
-        ...
-
-    def encode_ordinary(self, text: str) -> npt.NDArray[np.uint32]:
-        """Return the ids of a text, without special ones."""
-        ...
+from llm_trainer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,51 +28,59 @@ class TokenArray:
     """Documents that were too short."""
     text_bytes: int
     """UTF-8 bytes of the documents that were kept."""
+    pad_token_id: int
+    """The tokenizer's id that fills rows."""
 
     @property
     def num_documents(self) -> int:
         """Documents kept."""
         return len(self.offsets) - 1
 
+    def fingerprint(self) -> str:
+        """Return a hash of the tokens and the documents' places; a `TokenStore` of the same has the same."""
+        return self._fingerprint
 
-def tokenize(texts: Iterable[str], tokenizer: Tokenizer, min_length: int, num_threads: int = 2) -> TokenArray:
-    """Encode documents on threads, a bounded number of texts in memory at a time.
+    @cached_property
+    def _fingerprint(self) -> str:
+        offsets = self.offsets.astype("<i8")
+        return tokens_fingerprint(*(hashlib.sha256(part.data).hexdigest() for part in (self.tokens, offsets)))
+
+
+def tokenize(
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    min_length: int,
+    num_threads: int = 1,
+    show_progress: bool | None = None,
+) -> TokenArray:
+    """Encode documents into memory.
 
     Raises:
         DataError: No document has `min_length` tokens.
     """
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    begin = np.array([tokenizer.bos_token_id], dtype=dtype)
-    end = np.array([tokenizer.eos_token_id], dtype=dtype)
     parts: list[npt.NDArray[Any]] = []
-    lengths: list[int] = []
-    dropped = text_bytes = 0
-    for text, ids in _encoded(texts, tokenizer, num_threads):
-        if len(ids) < max(min_length, 1):
-            dropped += 1
-            continue
-        parts += [begin, ids.astype(dtype), end]
-        lengths.append(len(ids) + 2)
-        text_bytes += len(text.encode("utf-8"))
-    if not parts:
-        raise DataError(
-            f"There is nothing to train or evaluate on: no text of at least {max(min_length, 1)} tokens "
-            f"(min_length) among {dropped}."
-        )
-    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    return TokenArray(np.concatenate(parts), offsets, dropped, text_bytes)
+    offsets = [np.zeros(1, np.int64)]
+    total = dropped = text_bytes = 0
+    for part in encode_documents(texts, tokenizer, min_length, num_threads, show_progress):
+        parts.append(part.ids)
+        offsets.append(part.ends + total)
+        total += len(part.ids)
+        dropped += part.dropped
+        text_bytes += part.text_bytes
+    if not total:
+        raise nothing_long_enough(min_length, dropped)
+    tokens = np.concatenate(parts, dtype=token_dtype(tokenizer.vocab_size))
+    return TokenArray(tokens, np.concatenate(offsets), dropped, text_bytes, tokenizer.pad_token_id)
 
 
-def _encoded(
-    texts: Iterable[str], tokenizer: Tokenizer, num_threads: int
-) -> Iterator[tuple[str, npt.NDArray[np.uint32]]]:
-    if isinstance(texts, str):
-        raise DataError("texts is one string; give an iterable of strings, such as [text].")
-    source = iter(texts)
-    with ThreadPoolExecutor(num_threads) as pool:
-        while batch := list(islice(source, 64)):
-            waiting: list[Future[npt.NDArray[np.uint32]]] = [
-                pool.submit(tokenizer.encode_ordinary, text) for text in batch
-            ]
-            for text, future in zip(batch, waiting, strict=True):
-                yield text, future.result()
+def nothing_long_enough(min_length: int, dropped: int) -> DataError:
+    """Return what to raise where no document was kept."""
+    return DataError(
+        f"There is nothing to train or evaluate on: no text of at least {max(min_length, 1)} tokens "
+        f"(min_length) among {dropped}."
+    )
+
+
+def tokens_fingerprint(tokens_sha256: str, offsets_sha256: str) -> str:
+    """Return one hash of the two."""
+    return hashlib.sha256(f"{tokens_sha256} {offsets_sha256}".encode()).hexdigest()

@@ -1,0 +1,141 @@
+"""Reading the documents of one file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from llm_trainer._files import shown
+from llm_trainer.exceptions import DataError
+
+_ROWS_AT_A_TIME = 1024
+
+
+def read_file(path: Path, text_column: str) -> Iterator[str]:
+    """Yield a file's documents: the rows of `.jsonl`, `.jsonl.gz` and `.parquet`, else its whole text.
+
+    Raises:
+        DataError: The file cannot be read, or holds something else than text.
+    """
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        return _read_json_lines(path, text_column)
+    if path.suffix == ".parquet":
+        return _read_parquet(path, text_column)
+    return iter([read_text(path)])
+
+
+def check_file(path: Path, text_column: str) -> None:
+    """Find out at little cost whether a file can be read.
+
+    Raises:
+        DataError: It is a Parquet file without that column, or not one at all.
+        ImportError: It is a Parquet file, and pyarrow is not installed.
+    """
+    if path.suffix == ".parquet":
+        _open_parquet(path, text_column)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file.
+
+    Raises:
+        DataError: It cannot be read or is not text.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out with patterns."
+        ) from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if "\0" in text:
+        raise DataError(f"{path} is not text: it holds a zero byte at {text.index(chr(0))}.")
+    return text
+
+
+def _read_json_lines(path: Path, text_column: str) -> Iterator[str]:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}, line {number}"
+                if line.strip():
+                    text = checked_text(_parse(line, where, text_column), text_column, where)
+                    if text is not None:
+                        yield text
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(path, error) from error
+
+
+def _parse(line: bytes, where: str, text_column: str) -> object:
+    try:
+        # A lone surrogate can only come from an escape; it has no encoding.
+        row: object = json.loads(line.decode("utf-8-sig"))
+        if b"\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not valid JSON: {error}.") from None
+    fields = cast("dict[str, object]", row) if isinstance(row, dict) else {}
+    if text_column not in fields:
+        raise DataError(
+            f"{where} is not an object with the key {text_column!r} (text_column), but {shown(cast('object', row))}."
+        )
+    return fields[text_column]
+
+
+def checked_text(value: object, text_column: str, where: str) -> str | None:
+    """Return a row's text; None where it has none.
+
+    Raises:
+        DataError: It is of another type.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    raise DataError(
+        f"{where} has in {text_column!r} a {type(value).__name__} instead of text: {shown(value)}."
+    )
+
+
+def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
+    file = _open_parquet(path, text_column)
+    number = 0
+    try:
+        for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=[text_column], use_threads=False):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                text = checked_text(value, text_column, f"{path}, row {number}")
+                if text is not None:
+                    yield text
+    except (_arrow()[0].ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _open_parquet(path: Path, text_column: str) -> Any:
+    arrow, parquet = _arrow()
+    try:
+        file = parquet.ParquetFile(path)
+    except (arrow.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+    columns: list[str] = file.schema_arrow.names
+    if text_column not in columns:
+        raise DataError(f"{path} has no column {text_column!r}; text_column can be one of {columns}.")
+    return file
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        # It starts threads of its own: not before it is needed.
+        import pyarrow  # pyright: ignore[reportMissingTypeStubs] - it ships none
+        from pyarrow import parquet  # pyright: ignore[reportMissingTypeStubs]
+    except ImportError as error:
+        raise ImportError("Parquet files need pyarrow: pip install datasets pyarrow") from error
+    return pyarrow, parquet
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return DataError(f"{path} cannot be read: {reason}.")
