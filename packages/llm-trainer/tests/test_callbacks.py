@@ -101,6 +101,19 @@ def test_a_run_ends_early_and_a_new_one_begins_anew(make_trainer):
         assert all(min(losses[i - 1 : i + 1]) < min(losses[: i - 1]) for i in range(2, len(losses) - 1))
 
 
+def test_a_stopped_run_that_is_resumed_goes_on_only_with_more_patience(make_trainer):
+    trainer = make_trainer()
+    stopped = EarlyStopping(2)
+    assert stops_at(stopped, trainer, [3.0, 3.1, 3.2]) == 2
+    trainer.step = 3
+    for patience, stops in ((2, True), (3, False)):
+        callback = EarlyStopping(patience)
+        callback.load_state_dict(stopped.state_dict())
+        trainer.should_stop = False
+        callback.on_train_begin(trainer)
+        assert trainer.should_stop == stops
+
+
 @pytest.mark.parametrize(
     ("patience", "threshold"), [(0, 0.0), (-1, 0.0), (1.5, 0.0), (True, 0.0), (1, -0.1), (1, math.nan)]
 )

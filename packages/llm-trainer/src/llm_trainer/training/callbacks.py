@@ -103,9 +103,11 @@ class EarlyStopping(Callback):
         """Evaluations since the one that had it."""
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """Forget an earlier run."""
+        """Forget an earlier run; do not go on with one that was to stop here."""
         if trainer.step == 0:
             self._reset()
+        elif self.evaluations_without_gain >= self.patience:
+            trainer.should_stop = True
 
     def on_record(self, trainer: Trainer, record: HistoryRecord) -> None:
         """Count, and stop at the limit."""

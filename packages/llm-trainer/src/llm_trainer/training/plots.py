@@ -1,19 +1,21 @@
-"""Loss curves."""
+"""Loss curves, and the page of a run."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llm_trainer._files import write_atomically
+from llm_trainer._files import write_atomically, write_text
 from llm_trainer.exceptions import ConfigurationError
 from llm_trainer.training._history import TrainingHistory
+from llm_trainer.training._report_page import report_html
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["loss_curve_svg", "save_loss_curve"]
+__all__ = ["loss_curve_svg", "save_loss_curve", "save_run_report"]
 
 
 # Stands for the colour of the text around, which matplotlib has no name for.
@@ -56,17 +58,45 @@ def loss_curve_svg(history: TrainingHistory) -> str:
 
 
 def save_loss_curve(history: TrainingHistory, path: str | Path) -> None:
-    """Draw the losses over the steps into a `.png` or `.svg` file.
+    """Draw the losses over the steps into a `.png` or `.svg` file, or write the `.html` page of a run.
 
     Raises:
         ConfigurationError: The ending is another one.
     """
     target = Path(path)
     kind = target.suffix.removeprefix(".")
+    if kind == "html":
+        save_run_report(history, target)
+        return
     if kind not in {"png", "svg"}:
-        raise ConfigurationError(f"{target} must end in .png or .svg.")
+        raise ConfigurationError(f"{target} must end in .html, .png or .svg.")
     figure = _draw(history)
     write_atomically(target, lambda temporary: _save(figure, temporary, kind))
+
+
+def save_run_report(
+    history: TrainingHistory,
+    path: str | Path,
+    *,
+    title: str = "Training run",
+    settings: Mapping[str, Any] | None = None,
+    resumed_after: Sequence[int] = (),
+) -> None:
+    """Write one page with a summary, curves over steps, tokens or time, the evaluations and the settings.
+
+    It is a file of its own that loads nothing, follows the reader's light or dark theme, fits a phone, and
+    can be read without a script. A long run is thinned to what a screen shows; no lowest or highest value is
+    lost.
+
+    Args:
+        history: What happened.
+        path: An `.html` file.
+        title: Heading of the page.
+        settings: Values by name, or groups of them, such as `{"training": config.to_dict()}`.
+        resumed_after: The steps after which the run went on in another sitting.
+    """
+    page = report_html(history, title=title, settings=settings, resumed_after=resumed_after)
+    write_text(Path(path), page)
 
 
 def _save(figure: Figure, target: io.StringIO | Path, kind: str, *, transparent: bool = False) -> None:

@@ -33,6 +33,7 @@ COLUMNS = (
     "train/tokens",
     "train/tokens_per_s",
     "train/mfu",
+    "train/epoch",
     "train/wall_s",
     "train/skipped_steps",
     "memory/rss_mb",
