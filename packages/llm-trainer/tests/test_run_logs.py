@@ -5,6 +5,7 @@ import resource
 import struct
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -299,12 +300,21 @@ def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     ids = []
     for resumed, steps in ((None, range(1, 4)), (2, range(3, 5)), (None, range(1, 2))):
+        if resumed is not None:
+            # A run's file is named by the second, which no real resume shares with its run.
+            time.sleep(1)
         (logger,) = create_loggers(["wandb"], tmp_path, run_name="a name")
         write_run(logger, steps, resumed)
         ids.append(json.loads((tmp_path / "wandb_run.json").read_text())["id"])
     assert ids[0] == ids[1] != ids[2]
-    records = [read_wandb(path) for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))]
-    assert sorted(len(history) for _, history in records) == [1, 2, 3]
+    # Its service writes the end of a file shortly after the run is finished.
+    until = time.monotonic() + 30
+    lengths: list[int] = []
+    while lengths != [1, 2, 3] and time.monotonic() < until:
+        time.sleep(0.05)
+        records = [read_wandb(path) for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]
+        lengths = sorted(len(history) for _, history in records)
+    assert lengths == [1, 2, 3]
     first = next(entry for entry in records if len(entry[1]) == 3)
     assert (first[0].run_id, first[0].project, first[0].display_name) == (ids[0], "checks", "a name")
     assert [entry["step"] for entry in first[1]] == [1, 2, 3]
