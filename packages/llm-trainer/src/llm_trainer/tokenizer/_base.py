@@ -82,7 +82,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a SHA-256: tokenizers that encode and decode alike have the same."""
+        """Return a SHA-256; only tokenizers that encode and decode alike have the same."""
 
     @abstractmethod
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -12,7 +12,7 @@ from llm_trainer._files import shown
 from llm_trainer.exceptions import FormatError
 from llm_trainer.tokenizer._byte_tokens import unspell
 from llm_trainer.tokenizer._hf_files import TokenizerFiles
-from llm_trainer.tokenizer._merges import Pair, ranks_of_merges
+from llm_trainer.tokenizer._merges import Pair, order_of_merges
 from llm_trainer.tokenizer._special import SpecialTokens, chosen_roles
 
 # What the ByteLevel pre-tokenizer splits at, if it is to split.
@@ -55,8 +55,8 @@ class ByteLevel:
     """Ids behind a text."""
 
 
-def read_byte_level(files: TokenizerFiles) -> ByteLevel:
-    """Understand a `tokenizer.json`.
+def read_byte_level(files: TokenizerFiles, *, merged: bool = True) -> ByteLevel:
+    """Understand a `tokenizer.json`; if not `merged`, one without merges, whose tokens are whole pieces.
 
     Raises:
         UnsupportedTokenizerError: It is another kind of tokenizer.
@@ -64,12 +64,12 @@ def read_byte_level(files: TokenizerFiles) -> ByteLevel:
     """
     content = files.content()
     try:
-        return _read(files, content)
+        return _read(files, content, merged=merged)
     except (KeyError, IndexError, TypeError, AttributeError, UnicodeEncodeError) as error:
         raise FormatError(f"{files.path} is not a byte-level BPE, or is damaged ({error!r}).") from error
 
 
-def _read(files: TokenizerFiles, content: dict[str, Any]) -> ByteLevel:
+def _read(files: TokenizerFiles, content: dict[str, Any], *, merged: bool) -> ByteLevel:
     path, model = files.path, cast("dict[str, Any]", content["model"])
     if model.get("type", "BPE") != "BPE":
         raise UnsupportedTokenizerError(path, f"its model is {shown(model['type'])}")
@@ -97,12 +97,13 @@ def _read(files: TokenizerFiles, content: dict[str, Any]) -> ByteLevel:
     for byte in range(256):
         if bytes([byte]) not in ordinary:
             raise FormatError(f"{path} lacks bytes: 0x{byte:02X} has no token.")
-    ranks = ranks_of_merges(
-        list(ordinary),
-        _merges(path, model["merges"], ordinary),
-        whole_pieces=bool(model.get("ignore_merges")),
-    )
-    if ranks is None:
+    tokens, merges = list(ordinary), _merges(path, model["merges"], ordinary)
+    order: list[bytes] | None = tokens
+    if merged:
+        order = order_of_merges(tokens, merges, whole_pieces=bool(model.get("ignore_merges")))
+    elif merges:
+        raise FormatError(f"{path} is damaged: it has merges.")
+    if order is None:
         raise UnsupportedTokenizerError(
             path, "its merges are in an order that tiktoken's ranks cannot express"
         )
@@ -118,7 +119,7 @@ def _read(files: TokenizerFiles, content: dict[str, Any]) -> ByteLevel:
     return ByteLevel(
         pattern=pattern,
         token_bytes=[of_id[i] for i in range(len(of_id))],
-        ranks={token: rank for rank, token in enumerate(ranks.order)},
+        ranks={token: rank for rank, token in enumerate(order)},
         special=special,
         prefix=prefix,
         suffix=suffix,

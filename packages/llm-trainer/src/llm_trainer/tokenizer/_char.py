@@ -107,7 +107,7 @@ class CharTokenizer(ByteTokenizer):
         files = find_files(load_directory)
         if files.kind != cls.kind:
             raise FormatError(f"{files.path} holds no character tokenizer; load_tokenizer() reads any.")
-        model = read_byte_level(files)
+        model = read_byte_level(files, merged=False)
         tokens = model.token_bytes
         num_characters = len(tokens) - 256 - len(model.special.ids)
         bytes_first = all(tokens[byte] == bytes([byte]) for byte in range(256))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_trainer._files import json_sha256, write_text
+from llm_trainer._files import json_sha256, shown, write_text
 from llm_trainer.exceptions import FormatError, TokenizerError
 from llm_trainer.tokenizer._base import Tokenizer, require_text
 from llm_trainer.tokenizer._byte_tokens import unspell
@@ -149,7 +149,7 @@ class HFTokenizer(Tokenizer):
         """
         library = _tokenizers()
         files = find_files(load_directory)
-        files.content()  # Refuses what is too large or no JSON before the library sees it.
+        _refuse_impossible_ids(files.path, files.content())
         try:
             wrapped = library.Tokenizer.from_file(str(files.path))
         except Exception as error:  # The library raises no other type.
@@ -161,9 +161,9 @@ class HFTokenizer(Tokenizer):
         bos, eos, pad = chosen_roles(files.roles(), known)
         wrapped.add_special_tokens([name for name in (bos, eos, pad) if name not in known])
         vocab = wrapped.get_vocab(with_added_tokens=True)
-        if max(vocab.values()) >= 2 * len(vocab) + 1024:
+        if len(set(vocab.values())) < len(vocab):
             raise FormatError(
-                f"{files.path} is damaged: it has {len(vocab)} tokens, but ids up to {max(vocab.values())}."
+                f"{files.path} has two tokens with one id, or unused ids where one is to be added."
             )
         ids = {
             token.content: token_id
@@ -210,6 +210,24 @@ class HFTokenizer(Tokenizer):
     def _wrapped(self) -> Any:
         self._trained()
         return self._tokenizer
+
+
+def _refuse_impossible_ids(path: Path, content: dict[str, Any]) -> None:
+    """Look before the library does, which takes memory for every id up to the largest."""
+    try:
+        vocab: Any = content["model"]["vocab"]
+        # That of a Unigram model is a list.
+        listed = isinstance(vocab, list)
+        ids: list[Any] = list(range(len(cast("list[Any]", vocab)))) if listed else list(vocab.values())
+        added_tokens = cast("list[dict[str, Any]]", content.get("added_tokens") or [])
+        ids += [token["id"] for token in added_tokens]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path} is not a tokenizer, or is damaged ({error!r}).") from error
+    for token_id in ids:
+        if not isinstance(token_id, int) or not 0 <= token_id < 2 * len(ids) + 1024:
+            raise FormatError(
+                f"{path} is damaged: it has {len(ids)} tokens, and one has the id {shown(token_id)}."
+            )
 
 
 def _tokenizers() -> Any:

@@ -27,18 +27,12 @@ def all_merges(ranks: Mapping[bytes, int]) -> list[Pair]:
     return [(left, right) for *_, left, right in sorted(merges)]
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The order in which tokens arise: the bytes first, then each merge's result."""
-
-    order: list[bytes]
-    """Tokens by rank."""
-    never: frozenset[bytes]
-    """Tokens that no text is encoded to."""
-
-
-def ranks_of_merges(tokens: Sequence[bytes], merges: Sequence[Pair], *, whole_pieces: bool) -> Ranks | None:
+def order_of_merges(
+    tokens: Sequence[bytes], merges: Sequence[Pair], *, whole_pieces: bool
+) -> list[bytes] | None:
     """Order the tokens so that tiktoken encodes as the listed merges do; None if no order does.
+
+    Tokens that no text is encoded to are left out.
 
     Args:
         tokens: All of the vocabulary, in order of their ids, each byte among them.
@@ -49,21 +43,22 @@ def ranks_of_merges(tokens: Sequence[bytes], merges: Sequence[Pair], *, whole_pi
         by_id = {token: rank for rank, token in enumerate(tokens)}
         if list(merges) == all_merges(by_id):
             # Written from tiktoken's ranks: it is the same procedure.
-            return Ranks(list(tokens), frozenset())
+            return list(tokens)
     arisen = _arise(tokens, merges)
     if arisen is None:
         return None
-    rest = [token for token in tokens if token not in arisen.when]
     order = sorted(arisen.when, key=arisen.when.__getitem__)
     if not whole_pieces:
-        return Ranks(order, frozenset(rest))
-    # These are only ever a whole piece. tiktoken would also join their parts, if those can be neighbours.
+        return order
+    # The others are only ever a whole piece. tiktoken would also join their parts, if those can be
+    # neighbours.
+    rest = [token for token in tokens if token not in arisen.when]
     for token in rest:
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in arisen.when and right in arisen.when and arisen.neighbours(left, right, len(merges)):
                 return None
-    return Ranks(order + rest, frozenset())
+    return order + rest
 
 
 def _arise(tokens: Iterable[bytes], merges: Sequence[Pair]) -> _Arisen | None:
@@ -71,7 +66,8 @@ def _arise(tokens: Iterable[bytes], merges: Sequence[Pair]) -> _Arisen | None:
     listed: dict[Pair, int] = {}
     for index, pair in enumerate(merges):
         listed.setdefault(pair, index)
-    arisen = _Arisen(listed, {token: -256 + token[0] for token in tokens if len(token) == 1}, {})
+    single = [token for token in tokens if len(token) == 1]
+    arisen = _Arisen(listed, {token: index - len(single) for index, token in enumerate(single)}, {})
     early: list[Pair] = []
     for pair, index in listed.items():
         left, right = pair
