@@ -82,7 +82,7 @@ def _parse(line: bytes, where: str, text_column: str) -> object:
     fields = cast("dict[str, object]", row) if isinstance(row, dict) else {}
     if text_column not in fields:
         raise DataError(
-            f"{where} is not an object with the key {text_column!r} (text_column), but {shown(cast('object', row))}."
+            f"{where} has no key {text_column!r} (text_column), but is {shown(cast('object', row))}."
         )
     return fields[text_column]
 
