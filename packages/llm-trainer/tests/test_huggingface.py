@@ -200,11 +200,19 @@ def test_the_presets_that_are_named_can_be_exported(tmp_path):
         assert TransformerLM.from_hf(tmp_path / name).config == config
 
 
-def test_an_export_does_not_replace_a_saved_model(build, tokenizer, tmp_path):
+def test_neither_kind_of_model_replaces_the_other(build, tokenizer, tmp_path):
     model = build(**LLAMA)
     model.save_pretrained(tmp_path)
-    with pytest.raises(FileExistsError, match="export to another folder"):
+    with pytest.raises(FileExistsError, match=r"holds a 'llm_trainer' model.*choose another folder"):
         model.export_hf(tmp_path)
+    model.export_hf(tmp_path / "export")
+    with pytest.raises(FileExistsError, match=r"holds a 'llama' model.*choose another folder"):
+        model.save_pretrained(tmp_path / "export")
+    assert_same_weights(TransformerLM.from_hf(tmp_path / "export"), model)
+    # What is there is no model: it is replaced.
+    (tmp_path / "export" / "config.json").write_text("{")
+    model.export_hf(tmp_path / "export")
+    assert_same_weights(TransformerLM.from_hf(tmp_path / "export"), model)
     assert_same_weights(TransformerLM.from_pretrained(tmp_path), model)
     with pytest.raises(
         ModelConfigurationError, match=r"tokenizer has 3.. tokens, but the model's vocab_size is 61"

@@ -64,11 +64,7 @@ def write_checkpoint(
             f"{config.vocab_size}: it is not the one that the model was trained with."
         )
     config_path = directory / "config.json"
-    if config_path.exists() and read_json_object(config_path).get("model_type") == "llm_trainer":
-        raise FileExistsError(
-            f"{directory} holds a model that save_pretrained wrote, which the export would replace; "
-            f"export to another folder."
-        )
+    _model_files.check_replaceable(directory, architecture)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     token_ids: dict[str, int | None] = {
         name: None if tokenizer is None else getattr(tokenizer, name) for name in names

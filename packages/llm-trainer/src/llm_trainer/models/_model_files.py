@@ -35,6 +35,7 @@ from llm_trainer.models._hf_shards import (
 )
 
 FORMAT_VERSION = 1
+MODEL_TYPE = "llm_trainer"
 _CONFIG_HASH = "llm_trainer_config_sha256"
 _TOKENIZER_HASH = "tokenizer_sha256"
 _TIED = "head.weight"
@@ -62,10 +63,11 @@ def write_model(
 
     Raises:
         ConfigurationError: `max_shard_size` is not a size.
-        OSError: A file cannot be written.
+        OSError: A file cannot be written, or would replace a model of transformers.
     """
+    check_replaceable(directory, MODEL_TYPE)
     content: dict[str, Any] = {
-        "model_type": "llm_trainer",
+        "model_type": MODEL_TYPE,
         "format_version": FORMAT_VERSION,
         "model": config.to_dict(),
     }
@@ -75,6 +77,23 @@ def write_model(
     written = write_weights(directory, without_tied(state, config), metadata, max_shard_size)
     write_json(directory / "config.json", content)
     remove_other_weights(directory, written)
+
+
+def check_replaceable(directory: Path, model_type: str) -> None:
+    """Keep a model of ours from replacing one of transformers in the same folder, and the other way round.
+
+    Raises:
+        FileExistsError: It would.
+    """
+    try:
+        found: object = read_json_object(directory / "config.json").get("model_type")
+    except FormatError:
+        return
+    if isinstance(found, str) and (found == MODEL_TYPE) != (model_type == MODEL_TYPE):
+        raise FileExistsError(
+            f"{directory} holds a {shown(found)} model, which one of type {model_type!r} would replace; choose "
+            f"another folder."
+        )
 
 
 def write_weights(
@@ -174,7 +193,7 @@ def read_model(directory: Path) -> tuple[ModelConfig, StoredWeights]:
     """
     config_path = directory / "config.json"
     content = read_json_object(config_path)
-    if content.get("model_type") != "llm_trainer":
+    if content.get("model_type") != MODEL_TYPE:
         raise FormatError(
             f"{config_path} describes a {shown(content.get('model_type'))} model, not one of llm-trainer; "
             f"TransformerLM.from_hf reads those of Llama and GPT-2."
