@@ -91,8 +91,8 @@ def check_replaceable(directory: Path, model_type: str) -> None:
         return
     if isinstance(found, str) and (found == MODEL_TYPE) != (model_type == MODEL_TYPE):
         raise FileExistsError(
-            f"{directory} holds a {shown(found)} model, which one of type {model_type!r} would replace; choose "
-            f"another folder."
+            f"{directory} holds a {shown(found)} model, which one of type {model_type!r} would replace; "
+            f"choose another folder."
         )
 
 
