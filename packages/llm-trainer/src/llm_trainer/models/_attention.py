@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_trainer.models._cache import LayerCache
-from llm_trainer.models._fast_ops import unit_rms
+from llm_trainer.models._causal_attention import causal_attention
+from llm_trainer.models._fast_ops import Linear, unit_rms
 from llm_trainer.models._positions import rotate
 
 _QK_NORM_EPS = 1e-6
@@ -36,8 +37,8 @@ class CausalSelfAttention(nn.Module):
         self.d_head = d_model // n_heads
         self.qk_norm = qk_norm
         self.attention_dropout = attention_dropout
-        self.qkv = nn.Linear(d_model, (n_heads + 2 * kv_heads) * self.d_head, bias=bias)
-        self.out = nn.Linear(d_model, d_model, bias=bias)
+        self.qkv = Linear(d_model, (n_heads + 2 * kv_heads) * self.d_head, bias=bias)
+        self.out = Linear(d_model, d_model, bias=bias)
 
     def forward(
         self,
@@ -45,6 +46,7 @@ class CausalSelfAttention(nn.Module):
         *,
         rope: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
+        documents: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Attend to the tokens before and at each one.
@@ -53,6 +55,7 @@ class CausalSelfAttention(nn.Module):
             x_BTD: Input.
             rope: What `Rope` returns for the tokens' positions.
             mask: Boolean (B, 1, T, S), True where a token may look; None means all that came before.
+            documents: Instead of a mask on a CPU, what `document_runs` returns.
             cache: Where earlier keys and values are, and these will be.
         """
         B, T, _ = x_BTD.shape
@@ -69,15 +72,22 @@ class CausalSelfAttention(nn.Module):
         first = cache is None or cache.length == 0
         if cache is not None:
             k_BKSC, v_BKSC = cache.append(k_BKSC, v_BKSC)
-        y_BHTC = F.scaled_dot_product_attention(
-            q_BHTC,
-            k_BKSC,
-            v_BKSC,
-            attn_mask=mask,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            is_causal=mask is None and first and T > 1,
-            enable_gqa=self.kv_heads != self.n_heads,
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        if x_BTD.device.type == "cpu" and mask is None and cache is None and not dropout:
+            groups = self.n_heads // self.kv_heads
+            if groups > 1:
+                k_BKSC, v_BKSC = (x.repeat_interleave(groups, dim=1) for x in (k_BKSC, v_BKSC))
+            y_BHTC = causal_attention(q_BHTC, k_BKSC, v_BKSC, documents)
+        else:
+            y_BHTC = F.scaled_dot_product_attention(
+                q_BHTC,
+                k_BKSC,
+                v_BKSC,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None and first and T > 1,
+                enable_gqa=self.kv_heads != self.n_heads,
+            )
         return self.out(y_BHTC.transpose(1, 2).reshape(B, T, -1))
 
 

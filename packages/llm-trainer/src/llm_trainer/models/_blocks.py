@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from llm_trainer.config import ModelConfig
 from llm_trainer.models._attention import CausalSelfAttention
 from llm_trainer.models._cache import LayerCache
-from llm_trainer.models._fast_ops import RMSNorm, squared_relu
+from llm_trainer.models._fast_ops import Linear, RMSNorm, squared_relu
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
@@ -38,8 +38,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = activation
         self.gated = activation == "swiglu"
-        self.up = nn.Linear(d_model, d_ff * (2 if self.gated else 1), bias=bias)
-        self.down = nn.Linear(d_ff, d_model, bias=bias)
+        self.up = Linear(d_model, d_ff * (2 if self.gated else 1), bias=bias)
+        self.down = Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Apply to each token alone."""
@@ -76,15 +76,15 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
+        documents: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """See `CausalSelfAttention.forward` for `rope`, `mask` and `cache`."""
+        """See `CausalSelfAttention.forward` for all but `x_BTD`."""
+        where = {"rope": rope, "mask": mask, "documents": documents, "cache": cache}
         if self.pre_norm:
-            x_BTD = x_BTD + self._drop(
-                self.attention(self.attention_norm(x_BTD), rope=rope, mask=mask, cache=cache)
-            )
+            x_BTD = x_BTD + self._drop(self.attention(self.attention_norm(x_BTD), **where))
             return x_BTD + self._drop(self.feed_forward(self.feed_forward_norm(x_BTD)))
-        attended = self._drop(self.attention(x_BTD, rope=rope, mask=mask, cache=cache))
+        attended = self._drop(self.attention(x_BTD, **where))
         x_BTD = self.attention_norm(x_BTD + attended)
         return self.feed_forward_norm(x_BTD + self._drop(self.feed_forward(x_BTD)))
 

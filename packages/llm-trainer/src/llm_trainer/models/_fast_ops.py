@@ -59,6 +59,52 @@ def squared_relu(x: Tensor) -> Tensor:
     return cast("Tensor", _SquaredRelu.apply(x))
 
 
+class _HalfLinear(torch.autograd.Function):
+    """A product in half precision with a weight in float32, whose gradient is in float32 too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        x_low, weight_low = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x_low, weight_low)
+        ctx.dtypes = x.dtype, weight.dtype
+        ctx.has_bias = bias is not None
+        return F.linear(x_low, weight_low, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = cast("tuple[Tensor, Tensor]", ctx.saved_tensors)
+        x_dtype, weight_dtype = ctx.dtypes
+        rows_x, rows_grad = x.flatten(0, -2), grad.flatten(0, -2)
+        grad_x = (grad @ weight).to(x_dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = _transposed_product(rows_grad, rows_x).to(weight_dtype)
+        grad_bias = rows_grad.sum(0, dtype=weight_dtype) if ctx.has_bias else None
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a' b. oneDNN multiplies with a transposed first factor at half of its speed, so a copy pays."""
+    if torch.compiler.is_compiling() or a.size(1) <= b.size(1):
+        return a.t().contiguous() @ b
+    # Copying a wide matrix is slow as well; the narrow one, then.
+    return (b.t().contiguous() @ a).t().contiguous()
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, with a backward pass of its own for half precision on a CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in nn.Linear
+        """Return x W' + b, in autocast's dtype under autocast."""
+        if (
+            input.device.type != "cpu"
+            or not torch.is_autocast_enabled("cpu")
+            or not (torch.is_grad_enabled() and self.weight.requires_grad)
+        ):
+            return super().forward(input)
+        dtype = torch.get_autocast_dtype("cpu")
+        return cast("Tensor", _HalfLinear.apply(input, self.weight, self.bias, dtype))
+
+
 class RMSNorm(nn.Module):
     """Scale to unit root mean square, then by a learned weight (Zhang and Sennrich, 2019)."""
 

@@ -18,6 +18,7 @@ from llm_trainer.models import _hf_files, _model_files
 from llm_trainer.models._attention import allowed_pairs
 from llm_trainer.models._blocks import Block, build_block, build_norm, initialise_block_
 from llm_trainer.models._cache import KVCache
+from llm_trainer.models._causal_attention import document_runs
 from llm_trainer.models._evaluation_mode import evaluation_mode
 from llm_trainer.models._generation import GenerationSettings, generate_tokens
 from llm_trainer.models._hf_files import SavedTokenizer
@@ -78,7 +79,8 @@ class TransformerLM(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self._run_block: Callable[..., Tensor] = Block.__call__
+        self.run_block: Callable[..., Tensor] = Block.__call__
+        """What runs a block without a cache; `compile_blocks_` replaces it."""
         self._initialise()
 
     def _initialise(self) -> None:
@@ -156,7 +158,7 @@ class TransformerLM(nn.Module):
                 f"The sequence has {end} tokens, more than max_seq_len ({self.config.max_seq_len})."
             )
         positions = torch.arange(start, end, device=input_ids.device)
-        mask = None
+        mask = documents = None
         if attention_mask is not None:
             if cache is not None:
                 raise ValueError(
@@ -169,7 +171,11 @@ class TransformerLM(nn.Module):
                     "they must be equal."
                 )
             if not torch.all(attention_mask == attention_mask[:, :1]) or not torch.all(attention_mask[:, 0]):
-                mask = allowed_pairs(attention_mask)
+                dropped = self.training and self.config.attention_dropout > 0
+                if input_ids.device.type == "cpu" and not dropped:
+                    documents = document_runs(attention_mask)
+                if documents is None:
+                    mask = allowed_pairs(attention_mask)
                 positions = _positions_in_segments(attention_mask)
         elif cache is not None and start > 0 and input_ids.size(1) > 1:
             columns = torch.arange(end, device=input_ids.device)
@@ -182,13 +188,11 @@ class TransformerLM(nn.Module):
             x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         for index, block in enumerate(self.blocks):
             if cache is not None:
-                x_BTD = block(x_BTD, rope, mask, cache.layers[index])
+                x_BTD = block(x_BTD, rope, mask, cache=cache.layers[index])
             elif recomputes:
-                x_BTD = cast(
-                    "Tensor", checkpoint(self._run_block, block, x_BTD, rope, mask, use_reentrant=False)
-                )
+                x_BTD = checkpoint(self.run_block, block, x_BTD, rope, mask, documents, use_reentrant=False)
             else:
-                x_BTD = self._run_block(block, x_BTD, rope, mask)
+                x_BTD = self.run_block(block, x_BTD, rope, mask, documents)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
 
     def next_logits(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:

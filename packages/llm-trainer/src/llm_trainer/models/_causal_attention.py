@@ -1,0 +1,239 @@
+"""Causal attention on a CPU: within documents, and in bfloat16 with a faster backward pass than torch's.
+
+Letters: B batch, H heads, N several of them, T tokens, S tokens attended to, C head width, K documents.
+
+The forward pass is torch's flash kernel. The backward of that kernel multiplies small tiles, which leaves
+most of a processor's matrix units idle; here whole bands of queries are multiplied at once, with the
+attention weights computed anew, so nothing of size T x T outlives a band. Scores are rounded to bfloat16
+before the softmax, as they are in an attention written with matrix products. In other dtypes the backward
+is the flash kernel's.
+
+A row of several documents costs less than one long document, because each is attended to by itself.
+
+Both passes are operators of their own (`llm_trainer::causal_attention`), so a compiler takes them as they
+are: their loops depend on the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Queries in a band: fewer leave out more of what causality hides, more make the products larger.
+_BAND = 256
+# Scores computed at a time, which bounds the memory.
+_BAND_SCORES = 1 << 23
+
+_aten = cast("Any", torch.ops.aten)
+
+
+def document_runs(segments_BT: Tensor) -> Tensor | None:
+    """Return (row, start, end) of each run of equal numbers, (K, 3), or None if a dense mask suits better.
+
+    It does where a document is not in one piece, and where runs are so short that there are too many.
+    """
+    B, T = segments_BT.shape
+    begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    rows, starts = begins_BT.nonzero(as_tuple=True)
+    if 16 * len(starts) > B * T:
+        return None
+    numbers = segments_BT[rows, starts]
+    documents = torch.stack((rows[numbers != 0], numbers[numbers != 0]), dim=-1)
+    distinct: Tensor = cast("Any", documents).unique(dim=0)
+    if len(distinct) < len(documents):
+        return None
+    ends = torch.where(rows == rows.roll(-1), starts.roll(-1), T)
+    ends[-1] = T
+    return torch.stack((rows, starts, ends), dim=-1)
+
+
+def _groups(documents_K3: Tensor | None, batch: int, tokens: int) -> Iterator[tuple[slice, slice]]:
+    """Yield the parts of a batch that are attended to by themselves, as slices of rows and of tokens."""
+    if documents_K3 is None:
+        yield slice(0, batch), slice(0, tokens)
+    else:
+        documents = cast("list[list[int]]", cast("Any", documents_K3).tolist())
+        for row, start, end in documents:
+            yield slice(row, row + 1), slice(start, end)
+
+
+def _empty_like_heads(x_BHTC: Tensor) -> Tensor:
+    """Return an empty tensor with the heads side by side in memory, as the next projection wants them."""
+    B, H, T, C = x_BHTC.shape
+    return x_BHTC.new_empty(B, T, H, C).transpose(1, 2)
+
+
+def _forward(
+    q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, documents_K3: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    B, H, T, _ = q_BHTC.shape
+    out_BHTC = _empty_like_heads(q_BHTC)
+    log_sums_BHT = q_BHTC.new_empty(B, H, T, dtype=torch.promote_types(q_BHTC.dtype, torch.float32))
+    for rows, tokens in _groups(documents_K3, B, T):
+        part = rows, slice(None), tokens
+        out_BHTC[part], log_sums_BHT[part] = _aten._scaled_dot_product_flash_attention_for_cpu(
+            q_BHTC[part], k_BHTC[part], v_BHTC[part], is_causal=True
+        )
+    return out_BHTC, log_sums_BHT
+
+
+def _backward(
+    grad_BHTC: Tensor,
+    q_BHTC: Tensor,
+    k_BHTC: Tensor,
+    v_BHTC: Tensor,
+    out_BHTC: Tensor,
+    log_sums_BHT: Tensor,
+    documents_K3: Tensor | None,
+    compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = q_BHTC, k_BHTC, v_BHTC
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    for rows, tokens in _groups(documents_K3, q_BHTC.size(0), q_BHTC.size(2)):
+        part = rows, slice(None), tokens
+        grad, q, k, v, out, log_sums = (
+            x[part] for x in (grad_BHTC, q_BHTC, k_BHTC, v_BHTC, out_BHTC, log_sums_BHT)
+        )
+        if q.dtype == torch.bfloat16:
+            shape = q.shape
+            grad, q, k, v = (x.flatten(0, 1).contiguous() for x in (grad, q, k, v))
+            merged = _banded_backward(grad, q, k, v, out, log_sums, compiled)
+            found = [x.view(shape) for x in merged]
+        else:
+            found = cast(
+                "list[Tensor]",
+                _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    grad, q, k, v, out, log_sums, 0.0, True
+                ),
+            )
+        for whole, piece in zip(grads, found, strict=True):
+            whole[part] = piece
+    return grads[0], grads[1], grads[2]
+
+
+def _banded_backward(
+    grad_NTC: Tensor,
+    q_NTC: Tensor,
+    k_NTC: Tensor,
+    v_NTC: Tensor,
+    out_BHTC: Tensor,
+    log_sums_BHT: Tensor,
+    compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, T, C = q_NTC.shape
+    scale = C**-0.5
+    scaled_q_NTC = q_NTC * scale
+    grad_q_NTC, grad_k_NTC, grad_v_NTC = (torch.empty_like(x) for x in (q_NTC, k_NTC, v_NTC))
+    log_sums_NT1 = log_sums_BHT.flatten(0, 1)[..., None]
+    products_NT1 = None
+    if compiled:
+        products_NT1 = (grad_NTC * out_BHTC.flatten(0, 1)).sum(-1, keepdim=True, dtype=torch.float32)
+    heads = max(1, _BAND_SCORES // (min(_BAND, T) * T))
+    for first in range(0, N, heads):
+        n = slice(first, first + heads)
+        k, v, grad_k, grad_v = k_NTC[n], v_NTC[n], grad_k_NTC[n], grad_v_NTC[n]
+        # From the last band, which alone concerns every key, to the first.
+        for end in range(T, 0, -_BAND):
+            band = n, slice(max(0, end - _BAND), end)
+            q, grad = scaled_q_NTC[band], grad_NTC[band]
+            scores = q @ k[:, :end].transpose(1, 2)
+            grad_weights = grad @ v[:, :end].transpose(1, 2)
+            if products_NT1 is None:
+                weights, slopes = _weights_and_slopes_(scores, grad_weights)
+            else:
+                weights, slopes = _compiled_weights_and_slopes()(
+                    scores, grad_weights, log_sums_NT1[band], products_NT1[band]
+                )
+            torch.mul(slopes @ k[:, :end], scale, out=grad_q_NTC[band])
+            if end == T:
+                torch.bmm(slopes.transpose(1, 2), q, out=grad_k)
+                torch.bmm(weights.transpose(1, 2), grad, out=grad_v)
+            else:
+                grad_k[:, :end] += slopes.transpose(1, 2) @ q
+                grad_v[:, :end] += weights.transpose(1, 2) @ grad
+    return grad_q_NTC, grad_k_NTC, grad_v_NTC
+
+
+def _weights_and_slopes_(scores_NTS: Tensor, grad_NTS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the attention weights, and the scores' gradient from the weights'; overwrite the scores."""
+    T, S = scores_NTS.shape[-2:]
+    # Only the last T columns hold a token after a query.
+    later = scores_NTS.new_full((T, T), -torch.inf).triu_(1)
+    scores_NTS[..., S - T :] += later
+    weights = scores_NTS.softmax(-1)
+    return weights, _aten._softmax_backward_data(grad_NTS, weights, -1, weights.dtype)
+
+
+def _fused_weights_and_slopes(
+    scores_NTS: Tensor, grad_NTS: Tensor, log_sums_NT1: Tensor, products_NT1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for a compiler, which makes one pass of it.
+
+    It takes the logarithms of the softmax's sums, and the products of the output and its gradient.
+    """
+    T, S = scores_NTS.shape[-2:]
+    seen = torch.arange(S) <= torch.arange(S - T, S)[:, None]
+    weights = torch.where(seen, (scores_NTS.float() - log_sums_NT1).exp(), 0.0)
+    slopes = weights * (grad_NTS.float() - products_NT1)
+    return weights.to(scores_NTS.dtype), slopes.to(scores_NTS.dtype)
+
+
+@cache
+def _compiled_weights_and_slopes() -> Callable[..., tuple[Tensor, Tensor]]:
+    # Not at import: torch.compile loads the compiler, which takes seconds.
+    return torch.compile(_fused_weights_and_slopes, dynamic=True, fullgraph=True)
+
+
+# Not torch.library.custom_op, in which a compiled function is not run as such.
+_library = cast("Any", torch.library.Library("llm_trainer", "FRAGMENT"))
+_library.define("causal_attention(Tensor q, Tensor k, Tensor v, Tensor? documents) -> (Tensor, Tensor)")
+_library.define(
+    "causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, "
+    "Tensor? documents, bool compiled) -> (Tensor, Tensor, Tensor)"
+)
+_library.impl("causal_attention", _forward, "CPU")
+_library.impl("causal_attention_backward", _backward, "CPU")
+
+
+def _describe_forward(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _empty_like_heads(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _describe_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: object) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+_register_fake = cast("Any", torch.library).register_fake
+_register_fake("llm_trainer::causal_attention", _describe_forward, lib=_library)
+_register_fake("llm_trainer::causal_attention_backward", _describe_backward, lib=_library)
+_ops = cast("Any", torch.ops.llm_trainer)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+        out, log_sums = _ops.causal_attention(q, k, v, documents)
+        ctx.save_for_backward(q, k, v, out, log_sums, documents)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        compiled = torch.compiler.is_compiling()
+        return (*_ops.causal_attention_backward(grad, *ctx.saved_tensors, compiled), None)
+
+
+def causal_attention(
+    q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, documents_K3: Tensor | None = None
+) -> Tensor:
+    """Attend to all tokens before and at each one, or to those of its document: see `document_runs`.
+
+    A second derivative raises `RuntimeError`.
+    """
+    return cast("Tensor", _CausalAttention.apply(q_BHTC, k_BHTC, v_BHTC, documents_K3))
