@@ -96,7 +96,7 @@ def checked_text(value: object, text_column: str, where: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise DataError(
-        f"{where} has in {text_column!r} a {type(value).__name__} instead of text: {shown(value)}."
+        f"{where}: {text_column!r} is not text but of type {type(value).__name__}: {shown(value)}."
     )
 
 
