@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from llm_trainer.config import DataConfig
-from llm_trainer.data import LanguageModelingDataset, create_dataloader, load_splits, read_texts
+from llm_trainer.data import LanguageModelingDataset, create_dataloader, read_texts
 from llm_trainer.exceptions import ConfigurationError, DataError
 from torch.utils.data import DataLoader
 
@@ -164,28 +163,3 @@ def test_what_cannot_be_read_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):
             list(read_texts(path))
-
-
-def test_splits_of_a_configuration(tmp_path, corpus, tokenizer):
-    (tmp_path / "train").mkdir()
-    for number, text in enumerate(corpus):
-        (tmp_path / "train" / f"{number:03}.py").write_text(text)
-    (tmp_path / "held_out.py").write_text(corpus[0])
-    config = DataConfig(
-        train_file=str(tmp_path / "train"),
-        validation_file=str(tmp_path / "held_out.py"),
-        file_patterns=("*.py",),
-        vocab_size=300,
-        max_length=32,
-        pack_sequences=False,
-    )
-    splits = load_splits(config)
-    assert splits.tokenizer.vocab_size == 300
-    assert splits.train.get_stats()["num_documents"] == len(corpus)
-    assert splits.train.max_length == 32
-    assert not splits.train.packed
-    assert splits.validation is not None
-    assert splits.validation.get_stats()["num_documents"] == 1
-    assert load_splits(config, tokenizer).tokenizer is tokenizer
-    with pytest.raises(DataError, match="gone does not exist"):
-        load_splits(DataConfig(train_file=str(tmp_path / "train"), validation_file=str(tmp_path / "gone")))

@@ -46,9 +46,8 @@ def read_texts(path: str | Path, patterns: Sequence[str] = ("*.txt",)) -> Iterat
             out there. A pattern cannot lead out of the folder. Links to files are followed, to folders not.
 
     Raises:
-        DataError: `path` is missing, holds no text, or a file is not UTF-8 text, or a pattern is absolute,
-            empty or has "..". A missing path and such a pattern are found at the call, the others when the
-            file's turn comes.
+        DataError: `path` is missing or has no such file, or a pattern is absolute, empty or has "..": at the
+            call. A file is not UTF-8 text, or there is none in all of them: when its turn comes.
     """
     return find_files(path, patterns, "text").texts()
 
@@ -191,10 +190,12 @@ def find_files(path: str | Path, patterns: Sequence[str], text_column: str) -> F
     if not source.is_dir():
         raise DataError(f"{source} does not exist; give a text file or a folder of them.")
     paths = sorted({path for pattern in patterns for path in source.rglob(pattern) if path.is_file()})
+    missing = f"{source} holds no text in files named {' or '.join(patterns)}."
+    if not paths:
+        raise DataError(missing)
     for found in paths:
         check_file(found, text_column)
     files = [(path.relative_to(source).as_posix(), path) for path in paths]
-    missing = f"{source} holds no text in files named {' or '.join(patterns)}."
     return FileSource(str(source), files, text_column, missing)
 
 
