@@ -171,7 +171,10 @@ def test_missing_roles_are_filled(tmp_path):
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (end, end, size)
         assert tokenizer.vocab_size == size + 1
         assert tokenizer.id_to_token(size) == "<|pad|>"
-    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(config))
+    assert BPETokenizer.from_pretrained(tmp_path).eos_token_id == 0
+    (tmp_path / "special_tokens_map.json").unlink()
     for kind in (BPETokenizer, HFTokenizer):
         tokenizer = kind.from_pretrained(tmp_path / "tokenizer.json")
         ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)

@@ -138,6 +138,14 @@ def test_special_tokens_of_one_s_own(any_kind):
         tokenizer.id_to_token(-1)
 
 
+def test_trained_anew_it_keeps_its_special_tokens(folders, corpus):
+    for ours, folder in folders:
+        again = load_tokenizer(folder)
+        again.train(corpus[:4], vocab_size=300)
+        assert again.special_tokens == ours.special_tokens
+        assert again.fingerprint() != ours.fingerprint()
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -214,6 +222,8 @@ def test_a_wrapped_tokenizer_without_bytes(tmp_path):
         tokenizer.token_byte_lengths()
     with pytest.raises(TokenizerError, match="has been trained"):
         tokenizer.train(["a"])
+    with pytest.raises(TokenizerError, match="has been trained"):
+        tokenizer.train_from_dataset("no/such/dataset", vocab_size=300)
     no_unknown = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, "[UNK]"))
     no_unknown.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(TokenizerError, match="cannot encode"):

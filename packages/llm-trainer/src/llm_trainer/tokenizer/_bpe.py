@@ -141,6 +141,9 @@ class BPETokenizer(ByteTokenizer):
             raise FormatError(f"{files.path} holds a {files.kind!r} tokenizer; load_tokenizer() reads any.")
         model = read_byte_level(files)
         tokenizer = cls()
+        if files.kind is not None:
+            # Trained anew it keeps its special tokens.
+            tokenizer._names = tuple(model.special.ids)
         try:
             tokenizer._set(model)
         except ValueError as error:

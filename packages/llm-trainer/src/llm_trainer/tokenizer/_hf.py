@@ -47,6 +47,11 @@ class HFTokenizer(Tokenizer):
             "An HFTokenizer wraps a tokenizer that has been trained; train a BPETokenizer or a CharTokenizer."
         )
 
+    def train_from_dataset(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, as `train` does, before a dataset is looked for."""
+        del args, kwargs
+        self.train(())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self._encode(text, add_special_tokens)
 

@@ -29,7 +29,7 @@ class TokenizerFiles:
     kind: str | None
     """Which of our tokenizers wrote it; None for other people's."""
     config: dict[str, Any]
-    """The `tokenizer_config.json`, empty where there is none."""
+    """The `tokenizer_config.json`, over the `special_tokens_map.json` of older folders."""
 
     def content(self) -> dict[str, Any]:
         """Read the `tokenizer.json`."""
@@ -57,7 +57,11 @@ def find_files(location: str | Path) -> TokenizerFiles:
     if not path.is_file():
         raise FormatError(f"{path} does not exist.")
     config_path = path.with_name("tokenizer_config.json")
-    config = read_json_object(config_path) if config_path.exists() else {}
+    config: dict[str, Any] = {}
+    # Older folders name the special tokens in a file of their own.
+    for name in ("special_tokens_map.json", config_path.name):
+        if (path.parent / name).exists():
+            config |= read_json_object(path.parent / name)
     kind = None
     if _VERSION_KEY in config:
         check_version(config_path, config[_VERSION_KEY], FORMAT_VERSION)
