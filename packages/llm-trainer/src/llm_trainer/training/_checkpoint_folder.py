@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -70,12 +70,10 @@ def write_checkpoint(
             "step": step,
             "run_id": run_id,
             "serial": serial,
-            "files": {path.name: _describe(path) for path in _synced(temporary)},
+            "files": {path.name: _describe(path) for path in sorted(temporary.iterdir())},
         }
         (temporary / MANIFEST).write_bytes(_manifest_bytes(content))
-        for _ in _synced(temporary):
-            pass
-        sync_folder(temporary)
+        _sync(temporary)
         verify_checkpoint(temporary)
         _put(temporary, target, parent, run_id)
     finally:
@@ -227,9 +225,9 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _synced(folder: Path) -> Iterable[Path]:
-    """Yield the files of a folder, each on disk."""
-    for path in sorted(folder.iterdir()):
+def _sync(folder: Path) -> None:
+    """Have a folder and its files on disk."""
+    for path in folder.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-        yield path
+    sync_folder(folder)

@@ -36,7 +36,12 @@ def save(trainer: Trainer, loop: TrainingLoop) -> Path:
         TrainingError: A weight or the optimizer's state is not finite; nothing is written.
         OSError: It cannot be written; the ones that were there still are.
     """
-    state = {"version": _STATE_VERSION, "run_id": trainer.run_id, **loop.state_dict()}
+    state = {
+        "version": _STATE_VERSION,
+        "run_id": trainer.run_id,
+        "resumed_after": trainer.resumed_after,
+        **loop.state_dict(),
+    }
     _require_finite(trainer, loop)
 
     def write(folder: Path) -> None:
@@ -93,7 +98,7 @@ def load(path: Path, trainer: Trainer, loop: TrainingLoop) -> None:
             f"{_STATE_VERSION}."
         )
     loop.load_state_dict(state)
-    trainer.run_id = state["run_id"]
+    trainer.run_id, trainer.resumed_after = state["run_id"], state["resumed_after"]
     trainer.model.load_state_dict(model.state_dict())
 
 

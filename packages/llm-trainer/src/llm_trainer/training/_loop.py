@@ -331,11 +331,16 @@ class TrainingLoop:
             return
         self._pending = None
         if self._guard.received is None and (self.ends() or trainer.step % trainer.config.save_steps == 0):
-            trainer.save_periodically(self)
+            self._save()
+
+    def _save(self) -> None:
+        if self._progress is not None and self.trainer.config.checkpoint_dir is not None:
+            self._progress.saving()
+        self.trainer.save_periodically(self)
 
     def _end_by_signal(self) -> None:
         if self._pending is not None or self.saved_step != self.trainer.step:
-            self.trainer.save_periodically(self)
+            self._save()
         if self._last is not None and self.counts.unrecorded_labels:
             # For whoever looks at the history now; the resumed run records at its own time.
             self.trainer.history.append(self._new_record(self._last, None))

@@ -14,7 +14,7 @@ import torch
 from llm_trainer import __version__
 from llm_trainer._files import write_json
 from llm_trainer.config import DataConfig
-from llm_trainer.training.plots import save_loss_curve
+from llm_trainer.training.plots import save_loss_curve, save_run_report
 
 if TYPE_CHECKING:
     from llm_trainer.training._trainer import Trainer
@@ -59,10 +59,19 @@ def run_info(trainer: Trainer, data_config: DataConfig | None) -> RunInfo:
     )
 
 
-def save_curves(trainer: Trainer, folder: Path) -> None:
+def save_curves(trainer: Trainer, folder: Path, data_config: DataConfig | None) -> None:
     """Draw the history as a picture and as a page; a failure is logged, for the run is over and well."""
-    for name in ("loss.png", "report.html"):
-        try:
-            save_loss_curve(trainer.history, folder / name)
-        except OSError as error:
-            _logger.warning("%s cannot be written: %s", folder / name, error)
+    values = run_info(trainer, data_config).values
+    groups = {name: value for name, value in values.items() if isinstance(value, dict)}
+    groups["run"] = {name: value for name, value in values.items() if name not in groups}
+    try:
+        save_loss_curve(trainer.history, folder / "loss.png")
+        save_run_report(
+            trainer.history,
+            folder / "report.html",
+            title=trainer.config.run_name or folder.resolve().name,
+            settings=groups,
+            resumed_after=trainer.resumed_after,
+        )
+    except OSError as error:
+        _logger.warning("The curves cannot be drawn: %s", error)

@@ -18,8 +18,9 @@ from llm_trainer.config import DataConfig, ModelConfig, TrainingConfig
 from llm_trainer.data import PositionedLoader, create_dataloader, load_splits
 from llm_trainer.exceptions import ModelConfigurationError, TrainingError
 from llm_trainer.models import TransformerLM
+from llm_trainer.models._compile import compile_blocks_
 from llm_trainer.models._model_files import check_tokenizer
-from llm_trainer.tokenizer import BPETokenizer
+from llm_trainer.tokenizer import Tokenizer, load_tokenizer
 from llm_trainer.training import _checkpoints
 from llm_trainer.training._checkpoint_folder import remove_unfinished
 from llm_trainer.training._history import TrainingHistory
@@ -48,7 +49,7 @@ class Trainer:
     def __init__(
         self,
         model: TransformerLM,
-        tokenizer: BPETokenizer,
+        tokenizer: Tokenizer,
         config: TrainingConfig,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
@@ -97,7 +98,10 @@ class Trainer:
         self.should_stop = False
         self.step = 0
         self.run_id = ""
-        self.compiles_first_step = config.compile_model
+        self.resumed_after: list[int] = []
+        """Steps after which this run was resumed."""
+        self.compiles_first_step = False
+        self._compiled = False
         self._show_progress = show_progress
         self._precision = Precision(config, self.device)
         self._data_config: DataConfig | None = None
@@ -227,6 +231,9 @@ class Trainer:
             # A folder that cannot be written to is found before the work, not after it.
             folder.mkdir(parents=True, exist_ok=True)
             remove_unfinished(folder)
+        if self.config.compile_model and not self._compiled:
+            compile_blocks_(self.model)
+            self._compiled = self.compiles_first_step = True
         loader = self._loader(self.train_dataset, train=True)
         loop = TrainingLoop(
             self,
@@ -235,10 +242,12 @@ class Trainer:
             precision=self._precision,
         )
         self.run_id = secrets.token_hex(8)
+        self.resumed_after = []
         if self._resumed_from is None:
             set_seed(self.config.seed)
         else:
             _checkpoints.load(self._resumed_from, self, loop)
+            self.resumed_after = [*self.resumed_after, self.step]
         if self.run_folder is not None:
             self.save_history()
             run_info(self, self._data_config).save(self.run_folder)
@@ -271,7 +280,7 @@ class Trainer:
                 raise SystemExit(128 + signal.SIGTERM)
             raise KeyboardInterrupt(message)
         if failure is None and self.run_folder is not None and loop.ends():
-            save_curves(self, self.run_folder)
+            save_curves(self, self.run_folder, self._data_config)
         if failure is not None:
             raise failure
 
@@ -353,7 +362,7 @@ class Trainer:
             FormatError: A file is missing, damaged, or newer than this release, or the model was saved with
                 another tokenizer.
         """
-        tokenizer = BPETokenizer.from_pretrained(tokenizer_path if tokenizer_path is not None else model_path)
+        tokenizer = load_tokenizer(tokenizer_path if tokenizer_path is not None else model_path)
         check_tokenizer(Path(model_path), tokenizer.fingerprint())
         return cls(TransformerLM.from_pretrained(model_path), tokenizer, config or TrainingConfig(), **kwargs)
 
