@@ -85,7 +85,7 @@ class CausalSelfAttention(nn.Module):
                 v_BKSC,
                 attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=mask is None and first and T > 1,
+                is_causal=mask is None and first,
                 enable_gqa=self.kv_heads != self.n_heads,
             )
         return self.out(y_BHTC.transpose(1, 2).reshape(B, T, -1))
