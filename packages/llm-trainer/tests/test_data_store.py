@@ -1,3 +1,4 @@
+import hashlib
 import inspect
 import json
 import logging
@@ -151,6 +152,27 @@ def test_newer_and_other_folders_are_refused(store, tmp_path):
         TokenStore.open(store.path)
     with pytest.raises(FormatError, match="does not exist"):
         TokenStore.open(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_tokens": 7}, "contradicts itself"),
+        ({"num_documents": -1}, "contradicts itself"),
+        ({"dtype": "float64"}, "lacks what"),
+        ({"num_tokens": None}, "lacks what"),
+        ({"files": ["tokens.bin"]}, "lacks what"),
+        ({"files": {"../../other": {"bytes": 1}}}, "contradicts itself"),
+    ],
+)
+def test_a_forged_description_is_refused(store, change, message):
+    path = store.path / "meta.json"
+    meta = json.loads(path.read_text()) | change
+    del meta["checksum"]
+    content = json.dumps(meta, sort_keys=True, separators=(",", ":"))
+    path.write_text(json.dumps(meta | {"checksum": hashlib.sha256(content.encode()).hexdigest()}))
+    with pytest.raises(FormatError, match=message):
+        TokenStore.open(store.path)
 
 
 def test_a_failed_preparation_leaves_what_was_there(store, tokenizer, corpus):

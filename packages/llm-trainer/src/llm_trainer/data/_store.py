@@ -222,11 +222,15 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     checksum = meta.pop("checksum", None)
     if checksum != json_sha256(meta):
         raise FormatError(f"{path} is damaged: it does not match its own checksum. {_remedy(folder)}")
-    sizes = {
-        "tokens.bin": meta["num_tokens"] * _DTYPES[meta["dtype"]].itemsize,
-        "offsets.bin": (meta["num_documents"] + 1) * _OFFSET.itemsize,
-    }
-    if {name: entry["bytes"] for name, entry in meta["files"].items()} != sizes:
+    try:
+        sizes = {
+            "tokens.bin": meta["num_tokens"] * _DTYPES[meta["dtype"]].itemsize,
+            "offsets.bin": (meta["num_documents"] + 1) * _OFFSET.itemsize,
+        }
+        consistent = {name: entry["bytes"] for name, entry in meta["files"].items()} == sizes
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path} lacks what a token store has ({error!r}). {_remedy(folder)}") from error
+    if not consistent or meta["num_documents"] < 1:
         raise FormatError(f"{path} contradicts itself about the files' sizes. {_remedy(folder)}")
     return meta
 
