@@ -65,11 +65,14 @@ def take_step(
         precision.scaler.scale(loss).backward()  # pyright: ignore[reportUnknownMemberType] - torch's annotation
         loss_sum += loss.detach()
     precision.scaler.unscale_(optimizer)
-    limit = torch.inf if max_grad_norm is None else max_grad_norm
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    parameters = list(model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     loss_value, norm_value = float(loss_sum), float(norm)
     finite = _is_finite(loss_value) and _is_finite(norm_value)
     if finite:
+        # Only where it is needed: it passes over all gradients.
+        if max_grad_norm is not None and norm_value > max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         precision.scaler.step(optimizer)
     # A scaler halves its factor after an overflow, which unscale_ found.
     precision.scaler.update()
