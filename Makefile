@@ -24,6 +24,8 @@ export UV_NO_PROGRESS ?= 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # A virtual environment that happens to be active is not ours.
 unexport VIRTUAL_ENV UV_PROJECT_ENVIRONMENT
+# The tests start many processes, and without stored bytecode each of them compiles torch's sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 ifneq ($(P),)
 ifeq ($(filter $(P),$(PACKAGES)),)

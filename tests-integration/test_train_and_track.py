@@ -55,7 +55,13 @@ def test_training_is_tracked_and_the_peaks_agree_with_the_system(tmp_path: Path)
     trainer = Trainer(
         TransformerLM(config),
         tokenizer,
-        TrainingConfig(batch_size=8, learning_rate=3e-3, max_steps=80, logging_steps=10),
+        TrainingConfig(
+            batch_size=8,
+            learning_rate=3e-3,
+            max_steps=80,
+            logging_steps=10,
+            checkpoint_dir=str(tmp_path / "checkpoints"),
+        ),
         train_dataset=dataset,
         eval_dataset=torch.utils.data.Subset(dataset, range(32)),
         show_progress=False,

@@ -198,7 +198,9 @@ def run(arguments: argparse.Namespace) -> Path:
             amp_dtype="bfloat16",
             eval_steps=max(1, arguments.steps // 4),
             logging_steps=max(1, arguments.steps // 40),
-            output_dir=str(output),
+            output_dir=str(output / "training"),
+            checkpoint_dir=None,
+            report_to=(),
         )
         trainer = Trainer(model, tokenizer, config, train_dataset=train, eval_dataset=held_out)
         history = trainer.train()

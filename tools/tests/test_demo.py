@@ -73,7 +73,13 @@ def test_a_folder_of_text_becomes_a_model_and_a_page(tmp_path: Path):
     # The text's own angle brackets are shown, not obeyed.
     samples = page[page.index("What it writes") : page.index("Timeline")]
     assert "<b>neither" not in samples.replace("<pre><b>", "")
-    assert {path.name for path in (tmp_path / "made").iterdir()} == {"history.jsonl", "model", "report.html"}
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {"model", "report.html", "training"}
+    assert {path.name for path in (tmp_path / "made/training").iterdir()} == {
+        "history.jsonl",
+        "loss.png",
+        "report.html",
+        "run.json",
+    }
     losses = [float(match) for match in re.findall(r"held-out loss ([\d.]+)", out)]
     assert len(losses) == 4
     assert losses[-1] < losses[0] < 6.5

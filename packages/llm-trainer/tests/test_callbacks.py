@@ -23,7 +23,7 @@ def make_trainer(tokenizer, corpus):
         )
         defaults = {"batch_size": 4, "learning_rate": 0.05, "max_steps": 40, "use_amp": False}
         config = TrainingConfig(
-            **(defaults | {"warmup_steps": 0, "eval_steps": 2, "dataloader_num_workers": 0} | settings)
+            **(defaults | {"warmup_steps": 0, "eval_steps": 2, "checkpoint_dir": None} | settings)
         )
         return Trainer(
             model, tokenizer, config, data, other, callbacks, device="cpu", show_progress=False

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_trainer.config._training import REPORTS
 from llm_trainer.exceptions import ConfigurationError
 from llm_trainer.training._logs._base import RunLogger
 from llm_trainer.training._logs._tables import CsvLogger, JsonlLogger
@@ -29,7 +30,7 @@ _MAKERS: dict[str, Callable[[Path, str | None], RunLogger]] = {
     "jsonl": lambda folder, _: JsonlLogger(folder),
 }
 
-LOGGERS = tuple(_MAKERS)
+LOGGERS = REPORTS
 """The names that `report_to` may hold, beside "none"."""
 
 
