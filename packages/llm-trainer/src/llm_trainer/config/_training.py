@@ -161,7 +161,7 @@ class TrainingConfig(Config):
             )
 
     def _check_report_to(self) -> None:
-        reports: object = self.report_to
+        reports = cast("object", self.report_to)
         if reports is None or reports == "none":
             reports = ()
         elif isinstance(reports, str):

@@ -112,7 +112,7 @@ def differences(found: ModelConfig, expected: ModelConfig, ignored: set[str] | N
 
 
 def _require_finite(trainer: Trainer, loop: TrainingLoop) -> None:
-    tensors = dict(trainer.model.named_parameters())
+    tensors: dict[str, torch.Tensor] = dict(trainer.model.named_parameters())
     for number, state in enumerate(loop.optimizer_states()):
         for name, value in state.items():
             if isinstance(value, torch.Tensor):

@@ -41,8 +41,7 @@ class HistoryRecord:
     epoch: float | None = None
     """Passes over the data so far; None where the data have no length."""
     mfu: float | None = None
-    """Floating-point operations of the model a second, as a share of the device's peak; None where that is
-    not known."""
+    """Floating-point operations of the model a second, as a share of the device's peak."""
     rss_mb: float | None = None
     """Resident memory of the process, in MB of 2**20 bytes."""
 

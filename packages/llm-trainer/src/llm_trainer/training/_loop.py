@@ -292,7 +292,8 @@ class TrainingLoop:
             if self._progress is not None:
                 self._progress.message("compiling")
             with self._precision.autocast():
-                batch_loss(self.trainer.model, batch, self.trainer.device).backward()
+                loss = batch_loss(self.trainer.model, batch, self.trainer.device)
+            loss.backward()  # pyright: ignore[reportUnknownMemberType] - torch's annotation
         finally:
             _drop_gradients(self.trainer.model)
             restore_random_state(before)
@@ -414,7 +415,7 @@ class TrainingLoop:
     def _tokens_per_s(self) -> float:
         return self.counts.tokens / self.counts.training_s if self.counts.training_s else 0.0
 
-    def _mfu(self) -> float | None:
+    def _mfu(self) -> float:
         return self.trainer.model_flops_utilisation(self._tokens_per_s)
 
 

@@ -62,7 +62,7 @@ def run_info(trainer: Trainer, data_config: DataConfig | None) -> RunInfo:
 def save_curves(trainer: Trainer, folder: Path, data_config: DataConfig | None) -> None:
     """Draw the history as a picture and as a page; a failure is logged, for the run is over and well."""
     values = run_info(trainer, data_config).values
-    groups = {name: value for name, value in values.items() if isinstance(value, dict)}
+    groups: dict[str, Any] = {name: value for name, value in values.items() if isinstance(value, dict)}
     groups["run"] = {name: value for name, value in values.items() if name not in groups}
     try:
         save_loss_curve(trainer.history, folder / "loss.png")

@@ -19,18 +19,20 @@ from llm_trainer.data import PositionedLoader, create_dataloader, load_splits
 from llm_trainer.exceptions import ModelConfigurationError, TrainingError
 from llm_trainer.models import TransformerLM
 from llm_trainer.models._compile import compile_blocks_
+from llm_trainer.models._flops import flops_per_token
 from llm_trainer.models._model_files import check_tokenizer
 from llm_trainer.tokenizer import Tokenizer, load_tokenizer
 from llm_trainer.training import _checkpoints
 from llm_trainer.training._checkpoint_folder import remove_unfinished
 from llm_trainer.training._history import TrainingHistory
 from llm_trainer.training._loop import TrainingLoop
+from llm_trainer.training._peak import peak_flops_per_s
 from llm_trainer.training._precision import Precision
 from llm_trainer.training._progress import ProgressReport
 from llm_trainer.training._run_folder import run_info, save_curves
 from llm_trainer.training._signals import SignalGuard
 from llm_trainer.training.callbacks import Callback, EarlyStopping
-from llm_trainer.training.loggers import create_loggers
+from llm_trainer.training.loggers import RunLogger, create_loggers
 from llm_trainer.training.utils import get_device, set_seed
 from llm_trainer.utils.metrics import mean_loss, perplexity_of
 
@@ -104,6 +106,8 @@ class Trainer:
         self._compiled = False
         self._show_progress = show_progress
         self._precision = Precision(config, self.device)
+        self._flops_share: float | None = None
+        """Of the device's peak, what a token a second takes."""
         self._data_config: DataConfig | None = None
         self._loop: TrainingLoop | None = None
         self._save_failure: OSError | None = None
@@ -256,7 +260,7 @@ class Trainer:
     def _run(self, loop: TrainingLoop, *, epochs: int | None = None) -> None:
         guard = SignalGuard()
         progress = ProgressReport(loop.total_steps, first_step=self.step) if self._show_progress else None
-        started = []
+        started: list[RunLogger] = []
         try:
             for logger in self._loggers:
                 logger.start(
@@ -380,9 +384,15 @@ class Trainer:
             seed=self.config.seed,
         )
 
-    def model_flops_utilisation(self, tokens_per_s: float) -> float | None:
-        """Return the model's floating-point operations at this speed, as a share of the device's peak."""
-        return None
+    def model_flops_utilisation(self, tokens_per_s: float) -> float:
+        """Return the model's floating-point operations at this speed, as a share of the device's peak: the
+        published one of a known GPU in half precision, else what a large matrix product reaches.
+        """
+        if self._flops_share is None:
+            length = getattr(self.train_dataset, "max_length", self.model.config.max_seq_len)
+            peak = peak_flops_per_s(self.device, self._precision.dtype or torch.float32)
+            self._flops_share = flops_per_token(self.model.config, length) / peak
+        return tokens_per_s * self._flops_share
 
     def save_history(self) -> None:
         """Write `history.jsonl` into the run's folder, if there is one."""
