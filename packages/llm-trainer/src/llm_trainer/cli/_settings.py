@@ -11,7 +11,7 @@ import yaml
 from llm_trainer._files import shown
 from llm_trainer.config import DataConfig, ModelConfig, RunConfig
 from llm_trainer.config._base import SECTIONS, hint, read_mapping, write_mapping
-from llm_trainer.exceptions import ConfigurationError
+from llm_trainer.exceptions import ConfigurationError, FormatError
 
 Content = dict[str, Any]
 
@@ -41,7 +41,7 @@ def read_run(
     changes = list(changes)
     if path is None and preset is None and not changes:
         raise ConfigurationError("Give --config FILE, or --preset NAME with --train-file PATH.")
-    content = {} if path is None else read_mapping(path, ConfigurationError)
+    content = {} if path is None else _read(path)
     model, training, data = (_section(content, name) for name in ("model", "training", "data"))
     if preset is not None:
         model.clear()
@@ -80,7 +80,7 @@ def read_data(path: Path) -> tuple[DataConfig, bool]:
     """Return the data section of a run's file, or a file of data settings alone, and whether it says
     `max_length`.
     """
-    content = read_mapping(path, ConfigurationError)
+    content = _read(path)
     if content.keys() <= SECTIONS and content:
         content = _section(content, "data")
     return DataConfig.from_dict(content), "max_length" in content
@@ -110,6 +110,14 @@ def check_length(data: DataConfig, model: ModelConfig) -> None:
             f"data.max_length ({data.max_length}) is more than model.max_seq_len ({model.max_seq_len}); "
             f"lower the one, as with data.max_length={model.max_seq_len}, or raise the other."
         )
+
+
+def _read(path: Path) -> Content:
+    try:
+        return read_mapping(path, ConfigurationError)
+    except FormatError as error:
+        # A file of ours that is no JSON is damaged; one that was written by hand is wrong.
+        raise ConfigurationError(str(error)) from error
 
 
 def _checkpoints(output_dir: object) -> str:
