@@ -16,8 +16,7 @@ are: their loops depend on the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -26,8 +25,8 @@ from torch.autograd.function import once_differentiable
 
 # Queries in a band: fewer leave out more of what causality hides, more make the products larger.
 _BAND = 256
-# Scores computed at a time, which bounds the memory.
-_BAND_SCORES = 1 << 23
+# Scores computed at a time, which bounds the memory: in bfloat16 they fit the cache of a core.
+_BAND_SCORES = 1 << 20
 
 _aten = cast("Any", torch.ops.aten)
 
@@ -91,7 +90,6 @@ def _backward(
     out_BHTC: Tensor,
     log_sums_BHT: Tensor,
     documents_K3: Tensor | None,
-    compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = q_BHTC, k_BHTC, v_BHTC
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
@@ -103,7 +101,7 @@ def _backward(
         if q.dtype == torch.bfloat16:
             shape = q.shape
             grad, q, k, v = (x.flatten(0, 1).contiguous() for x in (grad, q, k, v))
-            merged = _banded_backward(grad, q, k, v, out, log_sums, compiled)
+            merged = _banded_backward(grad, q, k, v)
             found = [x.view(shape) for x in merged]
         else:
             found = cast(
@@ -118,22 +116,12 @@ def _backward(
 
 
 def _banded_backward(
-    grad_NTC: Tensor,
-    q_NTC: Tensor,
-    k_NTC: Tensor,
-    v_NTC: Tensor,
-    out_BHTC: Tensor,
-    log_sums_BHT: Tensor,
-    compiled: bool,
+    grad_NTC: Tensor, q_NTC: Tensor, k_NTC: Tensor, v_NTC: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     N, T, C = q_NTC.shape
     scale = C**-0.5
     scaled_q_NTC = q_NTC * scale
     grad_q_NTC, grad_k_NTC, grad_v_NTC = (torch.empty_like(x) for x in (q_NTC, k_NTC, v_NTC))
-    log_sums_NT1 = log_sums_BHT.flatten(0, 1)[..., None]
-    products_NT1 = None
-    if compiled:
-        products_NT1 = (grad_NTC * out_BHTC.flatten(0, 1)).sum(-1, keepdim=True, dtype=torch.float32)
     heads = max(1, _BAND_SCORES // (min(_BAND, T) * T))
     for first in range(0, N, heads):
         n = slice(first, first + heads)
@@ -144,12 +132,7 @@ def _banded_backward(
             q, grad = scaled_q_NTC[band], grad_NTC[band]
             scores = q @ k[:, :end].transpose(1, 2)
             grad_weights = grad @ v[:, :end].transpose(1, 2)
-            if products_NT1 is None:
-                weights, slopes = _weights_and_slopes_(scores, grad_weights)
-            else:
-                weights, slopes = _compiled_weights_and_slopes()(
-                    scores, grad_weights, log_sums_NT1[band], products_NT1[band]
-                )
+            weights, slopes = _weights_and_slopes_(scores, grad_weights)
             torch.mul(slopes @ k[:, :end], scale, out=grad_q_NTC[band])
             if end == T:
                 torch.bmm(slopes.transpose(1, 2), q, out=grad_k)
@@ -170,32 +153,11 @@ def _weights_and_slopes_(scores_NTS: Tensor, grad_NTS: Tensor) -> tuple[Tensor, 
     return weights, _aten._softmax_backward_data(grad_NTS, weights, -1, weights.dtype)
 
 
-def _fused_weights_and_slopes(
-    scores_NTS: Tensor, grad_NTS: Tensor, log_sums_NT1: Tensor, products_NT1: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same for a compiler, which makes one pass of it.
-
-    It takes the logarithms of the softmax's sums, and the products of the output and its gradient.
-    """
-    T, S = scores_NTS.shape[-2:]
-    seen = torch.arange(S) <= torch.arange(S - T, S)[:, None]
-    weights = torch.where(seen, (scores_NTS.float() - log_sums_NT1).exp(), 0.0)
-    slopes = weights * (grad_NTS.float() - products_NT1)
-    return weights.to(scores_NTS.dtype), slopes.to(scores_NTS.dtype)
-
-
-@cache
-def _compiled_weights_and_slopes() -> Callable[..., tuple[Tensor, Tensor]]:
-    # Not at import: torch.compile loads the compiler, which takes seconds.
-    return torch.compile(_fused_weights_and_slopes, dynamic=True, fullgraph=True)
-
-
-# Not torch.library.custom_op, in which a compiled function is not run as such.
 _library = cast("Any", torch.library.Library("llm_trainer", "FRAGMENT"))
 _library.define("causal_attention(Tensor q, Tensor k, Tensor v, Tensor? documents) -> (Tensor, Tensor)")
 _library.define(
     "causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, "
-    "Tensor? documents, bool compiled) -> (Tensor, Tensor, Tensor)"
+    "Tensor? documents) -> (Tensor, Tensor, Tensor)"
 )
 _library.impl("causal_attention", _forward, "CPU")
 _library.impl("causal_attention_backward", _backward, "CPU")
@@ -225,8 +187,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        compiled = torch.compiler.is_compiling()
-        return (*_ops.causal_attention_backward(grad, *ctx.saved_tensors, compiled), None)
+        return (*_ops.causal_attention_backward(grad, *ctx.saved_tensors), None)
 
 
 def causal_attention(
