@@ -267,7 +267,9 @@ def test_info_of_a_run_a_checkpoint_a_configuration_and_the_machine(room: Path, 
     assert found["training"]["step"] == 8
     code, shown, _ = run("info", room / "run.yaml")
     assert code == 0
-    assert ["tokens", "a", "step", "128"] in [line.split() for line in shown.splitlines()]
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["tokens", "a", "step", "128"] in lines
+    assert ["parameters", f"{sum(p.numel() for p in model.parameters()):,}"] in lines
     code, shown, _ = run("info", "--json")
     assert code == 0
     machine = json.loads(shown)["machine"]

@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _MISUSE
     except click.ClickException as error:
         path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "llm-trainer"
-        _say(f"{error.format_message().rstrip('.')}. See {path} --help.")
+        message = error.format_message()
+        _say(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {path} --help.")
         return error.exit_code
     except SystemExit as end:
         code = end.code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,8 @@ from llm_trainer.config._base import SECTIONS, hint, read_mapping, write_mapping
 from llm_trainer.exceptions import ConfigurationError, FormatError
 
 Content = dict[str, Any]
+TRAINED_KINDS = ("bpe", "char")
+"""What `DataConfig.tokenizer` may be besides a folder."""
 
 
 def read_run(
@@ -63,6 +66,9 @@ def read_run(
     data.setdefault("vocab_size", shape.vocab_size)
     run = RunConfig.from_dict(content)
     check_length(run.data, run.model)
+    if run.data.tokenizer in TRAINED_KINDS:
+        # It becomes the tokenizer's, which has no more than this.
+        run.model = dataclasses.replace(run.model, vocab_size=run.data.vocab_size)
     return run
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import typer
 
-from llm_trainer.cli._settings import read_data
+from llm_trainer.cli._settings import TRAINED_KINDS, read_data
 from llm_trainer.cli._table import print_table
 from llm_trainer.cli._text import check_text, training_source
-from llm_trainer.cli._tokenizers import TRAINED_KINDS
 from llm_trainer.config import DataConfig
 from llm_trainer.data import load_splits
 from llm_trainer.exceptions import ConfigurationError

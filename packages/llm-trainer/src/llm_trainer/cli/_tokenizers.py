@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trainer._files import read_json_object, write_json
+from llm_trainer.cli._settings import TRAINED_KINDS
 from llm_trainer.cli._text import training_source
 from llm_trainer.config import DataConfig
 from llm_trainer.data._folder import make_folder
@@ -15,7 +16,6 @@ from llm_trainer.tokenizer import Tokenizer, create_tokenizer, load_tokenizer
 
 _logger = logging.getLogger(__name__)
 _RECORD = "trained.json"
-TRAINED_KINDS = ("bpe", "char")
 
 
 def tokenizer_of(data: DataConfig, folder: Path, *, force: bool = False) -> Tokenizer:
