@@ -1,5 +1,4 @@
 import dataclasses
-import warnings
 
 import pytest
 import torch
@@ -8,14 +7,16 @@ from llm_trainer.models import TransformerLM
 from llm_trainer.models._compile import compile_blocks_
 from torch._dynamo.utils import counters
 
+# torch's own access, when it traces a function that defines its own gradient.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch.compiler.reset()
-    with warnings.catch_warnings():
-        # torch's own, when it first loads its compiler on a machine without a GPU.
-        warnings.simplefilter("ignore")
-        yield
+    yield
     torch.compiler.reset()
 
 
