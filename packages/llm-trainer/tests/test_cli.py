@@ -1,10 +1,14 @@
 """The commands, mostly in this process; what only shows from outside is in test_cli_processes.py."""
 
+import io
 import json
 import logging
 import math
+import os
 import platform
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -225,9 +229,10 @@ def test_resume_and_dry_run(room: Path, run: Run, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "half" / "checkpoints" / "checkpoint-12")
     code, _, errors = run(
         *("train", "--config", room / "run.yaml", "--output-dir", tmp_path / "half"),
-        *("--resume_from_checkpoint", "latest"),
+        *("--resume_from_checkpoint", "latest", "--force_retrain_tokenizer", "--log_level", "warning"),
     )
     assert code == 0, errors
+    assert "keeps the one in its checkpoint" in " ".join(errors.split())
     assert _weights(tmp_path / "half") == _weights(room / "out")
 
 
@@ -327,6 +332,48 @@ def test_tokenize(room: Path, run: Run, tmp_path: Path, monkeypatch: pytest.Monk
     assert code == 0
     stores = [TokenStore.open(path) for path in (tmp_path / "data").glob("*-tokens-*")]
     assert sorted(store.num_documents for store in stores) == [1, 56]
+
+
+class _Interrupting(io.StringIO):
+    """Standard input with one line, after which a signal comes."""
+
+    def __init__(self, line: str, number: signal.Signals) -> None:
+        super().__init__(line)
+        self._number = number
+
+    def readline(self, size: int = -1) -> str:
+        return super().readline(size) or self._interrupt()
+
+    def __next__(self) -> str:
+        return self.readline()
+
+    def _interrupt(self) -> str:
+        os.kill(os.getpid(), self._number)
+        return "never read"
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "code"),
+    [
+        ("generate --interactive --max-new-tokens 3 --model-path", signal.SIGINT, 0),
+        ("generate --interactive --max-new-tokens 3 --model-path", signal.SIGTERM, 143),
+        ("tokenize decode --tokenizer", signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_ends_a_command_cleanly(
+    room: Path, run: Run, monkeypatch: pytest.MonkeyPatch, command: str, number: signal.Signals, code: int
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(sys, "stdin", _Interrupting("100 101\n", number))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        found, shown, errors = run(*command.split(), room / "out")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (found, bool(shown)) == (code, True)
+    assert "Traceback" not in errors
+    assert "never read" not in shown
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 SETTINGS = {

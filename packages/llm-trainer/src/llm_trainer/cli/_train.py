@@ -54,6 +54,8 @@ def train_run(
     place = pick_device(device)
     output = Path(str(run.training.output_dir))
     checkpoint = _checkpoint_to_resume(run)
+    if checkpoint is not None and force_tokenizer:
+        _logger.warning("The tokenizer is not trained again: a resumed run keeps the one in its checkpoint.")
     check_text(run.data)
     _check_memory(run.model, place)
     output.mkdir(parents=True, exist_ok=True)
