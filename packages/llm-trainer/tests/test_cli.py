@@ -175,6 +175,25 @@ def test_evaluate_a_file_in_part_and_continue_its_texts(room: Path, run: Run) ->
     assert json.loads(run(*arguments)[1])["tokens"] > found["tokens"]
 
 
+def test_a_part_of_a_text_is_drawn_from_all_of_it(
+    room: Path, run: Run, tmp_path: Path, corpus: list[str]
+) -> None:
+    # Packing begins with the rows of the longest document; this one is unlike the others.
+    odd = "".join(chr(300 + 7 * n % 1000) for n in range(470))
+
+    def loss(documents: list[str], *more: object) -> float:
+        (tmp_path / "texts.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        )
+        arguments = ("evaluate", "--model-path", room / "out", "--file", tmp_path / "texts.jsonl", "--json")
+        return json.loads(run(*arguments, *more)[1])["loss"]
+
+    whole = loss([odd, *corpus])
+    part = loss([odd, *corpus], "--batch-size", "1", "--max-batches", "24")
+    assert loss([odd]) > whole
+    assert abs(part - whole) < (loss([odd]) - whole) / 2
+
+
 def test_generate_is_greedy_at_temperature_0(room: Path, run: Run) -> None:
     model, tokenizer = TransformerLM.from_pretrained(room / "out"), load_tokenizer(room / "out")
     ids = tokenizer.encode("def function")

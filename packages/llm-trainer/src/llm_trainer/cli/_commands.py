@@ -112,7 +112,10 @@ def evaluate(
     output_path: Annotated[
         Path | None, option(metavar="FILE", help="Write the results there as JSON.")
     ] = None,
-    max_batches: Annotated[int | None, option(min=1, help="Evaluate on so many batches only.")] = None,
+    max_batches: Annotated[
+        int | None,
+        option(min=1, help="Evaluate on so many batches only: drawn from the whole text, always the same."),
+    ] = None,
     batch_size: Annotated[int, option(min=1, help="Rows in a batch.")] = 16,
     generate: Annotated[
         int, option(metavar="N", min=0, help="Also continue N of the texts and measure the result.")

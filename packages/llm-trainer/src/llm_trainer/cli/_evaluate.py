@@ -76,7 +76,9 @@ def evaluate_model(
     rows = load_splits(dataclasses.replace(data, validation_split=None), tokenizer).train
 
     def batches() -> Iterator[dict[str, Tensor]]:
-        return islice(create_dataloader(rows, batch_size, shuffle=False, seed=0), max_batches)
+        # Packing puts long documents first, so the first rows alone would not stand for all.
+        loader = create_dataloader(rows, batch_size, shuffle=max_batches is not None, seed=0)
+        return islice(loader, max_batches)
 
     started = time.perf_counter()
     loss, tokens = mean_loss(model, batches(), place)
