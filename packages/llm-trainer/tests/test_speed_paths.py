@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llm_trainer.config import ModelConfig, TrainingConfig
-from llm_trainer.models import TransformerLM
+from llm_trainer.models import TransformerLM, _fast_ops
 from llm_trainer.models._attention import allowed_pairs
 from llm_trainer.models._causal_attention import causal_attention, document_runs
 from llm_trainer.models._fast_ops import Linear
@@ -147,3 +147,28 @@ def test_flops_are_those_of_the_products(tiny, changes):
     products = sum(n for op, n in counts.items() if "mm" in op)
     attention = pairs * (24 + 1) / (2 * 24)
     assert flops_per_token(config, 24) == pytest.approx(3 * (products / 24 + attention))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5, 8), (7, 8), (1, 1, 8)])
+def test_products_by_onednn_equal_torchs_own(bias, shape, monkeypatch):
+    monkeypatch.setattr(_fast_ops, "prefers_onednn", lambda: True)
+    ours, theirs = Linear(8, 6, bias=bias), torch.nn.Linear(8, 6, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(shape)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    slope = torch.randn(*shape[:-1], 6)
+    found = ours(inputs[0])
+    assert type(found.grad_fn).__name__ == "_OneDnnLinearBackward"
+    for layer, given in zip((ours, theirs), inputs, strict=True):
+        layer(given).backward(slope)
+    torch.testing.assert_close(found, theirs(x))
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize(("vendor", "expected"), [("AuthenticAMD", True), ("GenuineIntel", False)])
+def test_onednn_is_chosen_by_the_processor(vendor, expected, monkeypatch):
+    monkeypatch.setattr(_fast_ops.Path, "read_text", lambda *_, **__: f"vendor_id\t: {vendor}\n")
+    assert _fast_ops.prefers_onednn.__wrapped__() is expected
