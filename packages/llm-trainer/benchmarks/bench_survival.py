@@ -135,7 +135,7 @@ def wait_for(child: int, moment: str, folder: Path, seconds: float) -> int | Non
             return status
         if time.monotonic() < earliest:
             time.sleep(0.001)
-        elif mark is None or (folder.is_dir() and any(name.endswith(mark) for name in os.listdir(folder))):
+        elif mark is None or (folder.is_dir() and any(path.name.endswith(mark) for path in folder.iterdir())):
             return None
 
 
@@ -169,7 +169,7 @@ def survive(setting: Setting, folder: Path, changes: dict[str, Any], dice: rando
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=50, help="runs that are killed and resumed (default 50)")
+    parser.add_argument("--rounds", type=int, default=50, help="runs to kill and resume (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which they are killed")
     parser.add_argument("--json", type=Path, help="where to write the results (default: results/ beside it)")
     arguments = parser.parse_args()

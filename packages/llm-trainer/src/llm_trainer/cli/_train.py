@@ -9,7 +9,6 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import av_memory
 import torch
@@ -26,16 +25,14 @@ from llm_trainer.data import LanguageModelingDataset, create_dataloader, load_sp
 from llm_trainer.exceptions import ConfigurationError
 from llm_trainer.models import TransformerLM
 from llm_trainer.models._model_files import read_model
-from llm_trainer.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from llm_trainer.tokenizer import Tokenizer, load_tokenizer
 from llm_trainer.training import Trainer, set_seed
-from llm_trainer.training._checkpoints import differences, find
+from llm_trainer.training._checkpoints import MAY_DIFFER, differences, find
 from llm_trainer.training._precision import Precision
 from llm_trainer.training.utils import setup_logging
 from llm_trainer.utils.metrics import batch_loss, bits_per_byte, perplexity_of
 
 _logger = logging.getLogger(__name__)
-# What a resumed run may change; the trainer, which looks again, is the judge.
-_MAY_CHANGE = {"dropout", "attention_dropout", "gradient_checkpointing", "max_seq_len"}
 _GIB = 2**30
 
 
@@ -82,8 +79,7 @@ def train_run(
             output,
         )
     save_run(run, output / "config.yaml")
-    # The trainer asks for a BPETokenizer, but uses what every tokenizer has.
-    trainer = Trainer(model, cast("BPETokenizer", tokenizer), run.training, device=place)
+    trainer = Trainer(model, tokenizer, run.training, device=place)
     with _telling_how_to_go_on(output):
         trainer.train_from_config(run.model, run.data)
     trainer.save_model(output)
@@ -102,7 +98,7 @@ def _checkpoint_to_resume(run: RunConfig) -> Path | None:
         found, _ = read_model(checkpoint)
         # The run's tokenizer, which decides on the size of the vocabulary, is in the checkpoint.
         wanted = dataclasses.replace(run.model, vocab_size=found.vocab_size)
-        different = differences(found, wanted, _MAY_CHANGE)
+        different = differences(found, wanted, MAY_DIFFER)
         if different:
             raise ConfigurationError(f"{checkpoint} is of another model: {different}.")
     return checkpoint

@@ -282,16 +282,23 @@ def _dead_workers(batches: Any) -> list[BaseProcess]:
     return ended
 
 
+_COLUMNS = 32
+
+
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """Stack rows and cut off what is padding at the end of all of them."""
+    """Stack rows and cut off what is padding at the end of all of them, up to a multiple of 32 columns.
+
+    For each length that occurs the libraries below generate and keep code; so there are not too many.
+    """
     batch = default_collate(rows)
     mask = batch.get("attention_mask")
     if mask is None:
         return batch
-    # The first column counts as used, lest rows of padding alone have none; the least that predicts is two.
     columns = mask.ne(0).any(dim=0)
+    # Rows of padding alone have none.
     columns[0] = True
-    used = max(2, int(columns.nonzero()[-1]) + 1)
+    used = int(columns.nonzero()[-1]) + 1
+    used += -used % _COLUMNS
     return {
         name: value[:, :used] if getattr(value, "shape", ())[:2] == mask.shape else value
         for name, value in batch.items()

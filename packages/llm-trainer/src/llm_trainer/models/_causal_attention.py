@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -27,6 +28,7 @@ from torch.autograd.function import once_differentiable
 _BAND = 256
 # Scores computed at a time, which bounds the memory: in bfloat16 they fit the cache of a core.
 _BAND_SCORES = 1 << 20
+_LENGTHS = 32
 
 _aten = cast("Any", torch.ops.aten)
 
@@ -76,10 +78,22 @@ def _forward(
     log_sums_BHT = q_BHTC.new_empty(B, H, T, dtype=torch.promote_types(q_BHTC.dtype, torch.float32))
     for rows, tokens in _groups(documents_K3, B, T):
         part = rows, slice(None), tokens
-        out_BHTC[part], log_sums_BHT[part] = _aten._scaled_dot_product_flash_attention_for_cpu(
-            q_BHTC[part], k_BHTC[part], v_BHTC[part], is_causal=True
-        )
+        q, k, v = (_lengthened(x[part]) for x in (q_BHTC, k_BHTC, v_BHTC))
+        out, log_sums = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True)
+        length = tokens.stop - tokens.start
+        out_BHTC[part], log_sums_BHT[part] = out[:, :, :length], log_sums[:, :, :length]
     return out_BHTC, log_sums_BHT
+
+
+def _lengthened(x_BHTC: Tensor) -> Tensor:
+    """Add tokens of zeros up to a multiple of `_LENGTHS`.
+
+    No earlier token attends to them and their gradient is zero, so they change nothing. But for each length
+    that occurs the libraries below generate and keep code, which for documents of all lengths would be
+    hundreds of megabytes.
+    """
+    lacking = -x_BHTC.size(2) % _LENGTHS
+    return F.pad(x_BHTC, (0, 0, 0, lacking)) if lacking else x_BHTC
 
 
 def _backward(
@@ -99,10 +113,10 @@ def _backward(
             x[part] for x in (grad_BHTC, q_BHTC, k_BHTC, v_BHTC, out_BHTC, log_sums_BHT)
         )
         if q.dtype == torch.bfloat16:
-            shape = q.shape
-            grad, q, k, v = (x.flatten(0, 1).contiguous() for x in (grad, q, k, v))
+            B, H, T, C = q.shape
+            grad, q, k, v = (_lengthened(x).flatten(0, 1).contiguous() for x in (grad, q, k, v))
             merged = _banded_backward(grad, q, k, v)
-            found = [x.view(shape) for x in merged]
+            found = [x.view(B, H, -1, C)[:, :, :T] for x in merged]
         else:
             found = cast(
                 "list[Tensor]",

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from llm_trainer._files import (
@@ -21,6 +17,7 @@ from llm_trainer._files import (
     write_atomically,
     write_json,
 )
+from llm_trainer._tensor_files import save_tensors
 from llm_trainer.config import ModelConfig
 from llm_trainer.exceptions import ConfigurationError, FormatError
 from llm_trainer.models._hf_shards import (
@@ -146,13 +143,7 @@ def write_weights(
 
 
 def _stage(path: Path, shard: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    try:
-        write_atomically(_staged(path), lambda temporary: save_file(shard, temporary, metadata=metadata))
-    except SafetensorError as error:
-        # It has no number, so whether the disk is full is seen from the disk.
-        full = shutil.disk_usage(path.parent).free < sum(map(_bytes, shard.values()))
-        number = errno.ENOSPC if full else errno.EIO
-        raise OSError(number, f"The weights cannot be written ({error})", str(path)) from error
+    write_atomically(_staged(path), lambda temporary: save_tensors(temporary, shard, metadata))
 
 
 def _staged(path: Path) -> Path:

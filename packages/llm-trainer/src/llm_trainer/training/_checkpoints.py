@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.safetensors"
 _STATE_VERSION = 1
 # These change no weight's shape and no result of the finished model.
-_MAY_DIFFER = {"dropout", "attention_dropout", "gradient_checkpointing", "max_seq_len"}
+MAY_DIFFER = {"dropout", "attention_dropout", "gradient_checkpointing", "max_seq_len"}
 
 
 def save(trainer: Trainer, loop: TrainingLoop) -> Path:
@@ -87,7 +87,7 @@ def load(path: Path, trainer: Trainer, loop: TrainingLoop) -> None:
         DataError: It is of other data.
     """
     model = TransformerLM.from_pretrained(path)
-    different = differences(model.config, trainer.model.config, _MAY_DIFFER)
+    different = differences(model.config, trainer.model.config, MAY_DIFFER)
     if different:
         raise CheckpointError(f"{path} is of another model: {different}.")
     check_tokenizer(path, trainer.tokenizer.fingerprint())

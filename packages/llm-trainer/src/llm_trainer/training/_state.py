@@ -11,9 +11,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
+from llm_trainer._tensor_files import save_tensors
 from llm_trainer.exceptions import CheckpointError
 
 _KEY = "state"
@@ -24,12 +24,15 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
     The tensors are its body; the rest, with the tensors' names in their places, is JSON in its metadata.
     Numbers come back to the bit.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     layout = json.dumps(_take_out(state, tensors))
     # A file without a tensor is not one.
     tensors.setdefault("", torch.zeros(0))
-    save_file(tensors, path, metadata={_KEY: layout})
+    save_tensors(path, tensors, {_KEY: layout})
 
 
 def load_state(path: Path) -> dict[str, Any]:
