@@ -337,7 +337,7 @@ def test_a_failed_save_leaves_the_old_model(tmp_path, ids, monkeypatch, build):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llm_trainer.models._model_files.save_file", full_disk)
+    monkeypatch.setattr("llm_trainer._tensor_files.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         build().save_pretrained(tmp_path)
     assert torch.equal(TransformerLM.from_pretrained(tmp_path)(ids).logits, expected)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import load_torch_model
+from llm_trainer import _tensor_files
 from llm_trainer.exceptions import ConfigurationError, FormatError
 from llm_trainer.models import TransformerLM
-from llm_trainer.models import _model_files as model_files
 from llm_trainer.models._hf_shards import shard_bytes
 from safetensors.torch import load_file, save_file
 
@@ -149,7 +149,7 @@ def test_a_crash_leaves_the_old_the_new_or_an_error(build, tmp_path, monkeypatch
 
     for owner, name in ((Path, "replace"), (Path, "unlink"), (Path, "chmod"), (os, "fsync")):
         watch(owner, name)
-    watch(model_files, "save_file")
+    watch(_tensor_files, "save_file")
     new.save_pretrained(folder, after)
     monkeypatch.undo()
     outcomes = [outcome(tmp_path / f"{number:03d}", old, new) for number in range(count)]

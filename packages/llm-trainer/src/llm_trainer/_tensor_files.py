@@ -12,8 +12,16 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], *, target: Path | None = None
+) -> None:
     """Write a safetensors file.
+
+    Args:
+        path: Where.
+        tensors: Its content.
+        metadata: Text that goes with it.
+        target: What an error names, if `path` is but a temporary one.
 
     Raises:
         OSError: It cannot be written; safetensors has an exception of its own for that.
@@ -25,4 +33,4 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         full = shutil.disk_usage(path.parent).free < needed
         number = errno.ENOSPC if full else errno.EIO
-        raise OSError(number, f"Tensors cannot be written ({error})", str(path)) from error
+        raise OSError(number, f"Tensors cannot be written ({error})", str(target or path)) from error

@@ -143,7 +143,7 @@ def write_weights(
 
 
 def _stage(path: Path, shard: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    write_atomically(_staged(path), lambda temporary: save_tensors(temporary, shard, metadata))
+    write_atomically(_staged(path), lambda temporary: save_tensors(temporary, shard, metadata, target=path))
 
 
 def _staged(path: Path) -> Path:
