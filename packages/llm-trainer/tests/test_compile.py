@@ -7,10 +7,14 @@ from llm_trainer.models import TransformerLM
 from llm_trainer.models._compile import compile_blocks_
 from torch._dynamo.utils import counters
 
-# torch's own access, when it traces a function that defines its own gradient.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)
+pytestmark = [
+    # torch's own access, when it traces a function that defines its own gradient.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    # The same in torch 2.9, and the compiler's imports and its view of Python 3.13.0 in torch 2.11.
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

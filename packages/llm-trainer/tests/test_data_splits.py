@@ -92,6 +92,7 @@ def test_what_is_ready_is_used_without_reading_the_text(config, tmp_path, monkey
 def test_what_changed_is_prepared_anew_beside_the_old(config, tmp_path, caplog):
     first = load_splits(config)
     before = contents(tmp_path / "cache")
+    caplog.clear()
     with caplog.at_level(logging.INFO):
         load_splits(dataclasses.replace(config, min_length=11))
     assert caplog.text.count("Preparing tokens") == 2

@@ -141,7 +141,7 @@ class Linear(nn.Linear):
             return super().forward(input)
         if not torch.is_autocast_enabled("cpu"):
             single = input.dtype == self.weight.dtype == torch.float32
-            if single and prefers_onednn() and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and single and prefers_onednn():
                 return cast("Tensor", _OneDnnLinear.apply(input, self.weight, self.bias))
             return super().forward(input)
         dtype = torch.get_autocast_dtype("cpu")
