@@ -23,6 +23,7 @@ from llm_trainer.exceptions import (
     TrainingError,
 )
 from llm_trainer.models import TransformerLM
+from llm_trainer.models._blocks import Block
 from llm_trainer.training import Callback, Trainer, _checkpoint_folder, _trainer
 from torch.utils.data import Dataset, IterableDataset
 
@@ -246,6 +247,31 @@ def test_a_signal_while_a_worker_is_waited_for_ends_the_waiting(make, rows):
     assert newest.step == trainer.step
 
 
+def test_a_signal_while_blocks_are_compiled_ends_the_compiling(make, monkeypatch):
+    whole = make("whole", seed=0)
+    whole.train()
+
+    def compile_for_long(model):
+        def run_block(*arguments):
+            terminate()
+            time.sleep(100)
+            return Block.forward(*arguments)
+
+        model.run_block = run_block
+
+    monkeypatch.setattr(_trainer, "compile_blocks_", compile_for_long)
+    part = make(compile_model=True, seed=0)
+    started = time.monotonic()
+    with pytest.raises(SystemExit):
+        part.train()
+    assert time.monotonic() - started < 50
+    newest, _ = _checkpoint_folder.newest_checkpoint(part.run_folder)
+    assert (newest.step, part.step) == (0, 0)
+    resumed = make(seed=4)
+    resumed.train("latest")
+    assert_equal_runs(whole, resumed)
+
+
 def test_a_second_signal_ends_at_once_and_nothing_is_broken(make):
     def twice():
         signal.raise_signal(signal.SIGINT)
@@ -283,6 +309,31 @@ def test_a_damaged_newest_is_passed_over_and_named(make, caplog):
     assert_equal_runs(whole, resumed)
     with pytest.raises(CheckpointError, match=r"model\.safetensors was altered"):
         make().train(_damage(newest))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "deleted"])
+def test_damage_to_any_file_of_a_checkpoint_is_found_named_and_fallen_back_from(make, damage, tmp_path):
+    trainer = make()
+    trainer.train()
+    whole = trainer.run_folder / f"checkpoint-{STEPS}"
+    names = sorted(path.name for path in whole.iterdir())
+    assert len(names) >= 6
+    for name in names:
+        path = whole / name
+        data = path.read_bytes()
+        match damage:
+            case "truncated":
+                path.write_bytes(data[:-1])
+            case "one bit":
+                path.write_bytes(data[:100] + bytes([data[100] ^ 16]) + data[101:])
+            case _:
+                path.unlink()
+        newest, passed = _checkpoint_folder.newest_checkpoint(trainer.run_folder)
+        assert newest.step == 10
+        assert len(passed) == 1
+        assert str(path) in passed[0]
+        path.write_bytes(data)
+    assert _checkpoint_folder.newest_checkpoint(trainer.run_folder)[0].step == STEPS
 
 
 def _damage(folder):
