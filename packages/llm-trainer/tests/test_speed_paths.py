@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llm_trainer.config import ModelConfig, TrainingConfig
-from llm_trainer.models import TransformerLM, _fast_ops
+from llm_trainer.models import TransformerLM, _attention, _causal_attention, _fast_ops
 from llm_trainer.models._attention import allowed_pairs
 from llm_trainer.models._causal_attention import causal_attention, document_runs
 from llm_trainer.models._fast_ops import Linear
@@ -54,6 +54,31 @@ def test_documents_are_the_runs_of_equal_numbers():
     assert document_runs(torch.arange(1, 121)[None]) is None
     # Padding in two places is no document.
     assert document_runs(torch.tensor([[0] * 40 + [2] * 40 + [0] * 40])).size(0) == 3
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "documents"])
+def test_a_torch_without_the_operators_computes_the_same(build, segments, monkeypatch):
+    model = build(max_seq_len=120, n_kv_heads=2)
+    ids = torch.randint(0, 61, (2, 120))
+    # What padding attends to differs, and is of no consequence.
+    labels = ids if segments is None else ids.where(segments > 0, -100)
+
+    def step():
+        loss = model(ids, segments, labels).loss
+        return loss, *torch.autograd.grad(loss, list(model.parameters()))
+
+    expected = step()
+    monkeypatch.setattr(_causal_attention, "_HAS_OPERATORS", False)
+    monkeypatch.setattr(_attention, "causal_attention", lambda *_: pytest.fail("it was used"))
+    for found, before in zip(step(), expected, strict=True):
+        torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-5)
+
+
+def test_an_operator_is_known_by_its_arguments():
+    assert _causal_attention._HAS_OPERATORS
+    assert _causal_attention._takes("relu", "self")
+    assert not _causal_attention._takes("relu", "input")
+    assert not _causal_attention._takes("no_such_operator")
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 24), (24, 8)])

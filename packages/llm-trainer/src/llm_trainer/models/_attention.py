@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm_trainer.models._cache import LayerCache
-from llm_trainer.models._causal_attention import causal_attention
+from llm_trainer.models._causal_attention import causal_attention, serves
 from llm_trainer.models._fast_ops import Linear, unit_rms
 from llm_trainer.models._positions import rotate
 
@@ -55,7 +55,7 @@ class CausalSelfAttention(nn.Module):
             x_BTD: Input.
             rope: What `Rope` returns for the tokens' positions.
             mask: Boolean (B, 1, T, S), True where a token may look; None means all that came before.
-            documents: Instead of a mask on a CPU, what `document_runs` returns.
+            documents: Instead of a mask where `serves` allows, what `document_runs` returns.
             cache: Where earlier keys and values are, and these will be.
         """
         B, T, _ = x_BTD.shape
@@ -73,7 +73,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k_BKSC, v_BKSC = cache.append(k_BKSC, v_BKSC)
         dropout = self.attention_dropout if self.training else 0.0
-        if x_BTD.device.type == "cpu" and mask is None and cache is None and not dropout:
+        if mask is None and cache is None and serves(x_BTD.device, dropout):
             groups = self.n_heads // self.kv_heads
             if groups > 1:
                 k_BKSC, v_BKSC = (x.repeat_interleave(groups, dim=1) for x in (k_BKSC, v_BKSC))

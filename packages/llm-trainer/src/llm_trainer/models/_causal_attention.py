@@ -33,6 +33,35 @@ _LENGTHS = 32
 _aten = cast("Any", torch.ops.aten)
 
 
+def _takes(operator: str, *arguments: str) -> bool:
+    """Whether this torch has a private operator with these first arguments."""
+    found = getattr(_aten, operator, None)
+    if found is None:
+        return False
+    return tuple(a.name for a in found.default._schema.arguments[: len(arguments)]) == arguments
+
+
+# As they are in torch 2.9 to 2.15; another may change or drop them.
+_QKV, _OPTIONS = ("query", "key", "value"), ("dropout_p", "is_causal")
+_HAS_OPERATORS = (
+    _takes("_scaled_dot_product_flash_attention_for_cpu", *_QKV, *_OPTIONS)
+    and _takes(
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "grad_out",
+        *_QKV,
+        "out",
+        "logsumexp",
+        *_OPTIONS,
+    )
+    and _takes("_softmax_backward_data", "grad_output", "output", "dim", "input_dtype")
+)
+
+
+def serves(device: torch.device, dropout: float) -> bool:
+    """Whether `causal_attention` can be used; else torch's own attention is, with a mask for documents."""
+    return _HAS_OPERATORS and device.type == "cpu" and not dropout
+
+
 def document_runs(segments_BT: Tensor) -> Tensor | None:
     """Return (row, start, end) of each run of equal numbers, (K, 3), or None if a dense mask suits better.
 

@@ -18,7 +18,7 @@ from llm_trainer.models import _hf_files, _model_files
 from llm_trainer.models._attention import allowed_pairs
 from llm_trainer.models._blocks import Block, build_block, build_norm, initialise_block_
 from llm_trainer.models._cache import KVCache
-from llm_trainer.models._causal_attention import document_runs
+from llm_trainer.models._causal_attention import document_runs, serves
 from llm_trainer.models._evaluation_mode import evaluation_mode
 from llm_trainer.models._generation import GenerationSettings, generate_tokens
 from llm_trainer.models._hf_files import SavedTokenizer
@@ -171,8 +171,7 @@ class TransformerLM(nn.Module):
                     "they must be equal."
                 )
             if not torch.all(attention_mask == attention_mask[:, :1]) or not torch.all(attention_mask[:, 0]):
-                dropped = self.training and self.config.attention_dropout > 0
-                if input_ids.device.type == "cpu" and not dropped:
+                if serves(input_ids.device, self.config.attention_dropout if self.training else 0.0):
                     documents = document_runs(attention_mask)
                 if documents is None:
                     mask = allowed_pairs(attention_mask)
