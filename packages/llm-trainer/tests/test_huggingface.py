@@ -232,7 +232,7 @@ def test_an_interrupted_export_is_not_a_model(build, tmp_path, monkeypatch):
 
     old, new = build(**LLAMA), build(**GPT2)
     old.export_hf(tmp_path, max_shard_size="10KB")
-    monkeypatch.setattr("llm_trainer.models._model_files.save_file", die)
+    monkeypatch.setattr("llm_trainer._tensor_files.save_file", die)
     with pytest.raises(KilledError):
         new.export_hf(tmp_path)
     assert_same_weights(TransformerLM.from_hf(tmp_path), old)
