@@ -490,7 +490,7 @@ def test_a_disk_that_is_really_full_ends_no_training(make, tmp_path, caplog):
         assert "step 10 cannot be written" in caplog.text
         newest, passed = _checkpoint_folder.newest_checkpoint(disk)
         assert (newest.step, passed) == (5, [])
-        assert [path.name for path in disk.iterdir()] == ["checkpoint-5"]
+        assert {path.name for path in disk.iterdir()} == {"checkpoint-5", ".lock"}
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -559,3 +559,157 @@ def test_rows_that_are_too_long_are_refused_first(make, tokenizer, corpus):
         make(train=long).train()
     with pytest.raises(ModelConfigurationError, match="Rows of 40 tokens"):
         make(evaluation=long).train()
+
+
+def test_saving_after_the_end_saves_the_end(make):
+    trainer = make(checkpoint_dir=None)
+    trainer.train()
+    trainer = make()
+    trainer.train()
+    history = curve(trainer)
+    path = trainer._save_checkpoint()
+    assert path.name == f"checkpoint-{STEPS}"
+    assert curve(trainer) == history
+    again = make(seed=3)
+    again.train("latest")
+    assert_equal_runs(trainer, again)
+
+
+def test_saving_before_a_resumed_run_keeps_its_place(make):
+    part = make(callbacks=[At(7, terminate)])
+    with pytest.raises(SystemExit):
+        part.train()
+    resumed = make(callbacks=[At(-1, terminate)], resume_from_checkpoint="latest", seed=3)
+    assert resumed._save_checkpoint().name == "checkpoint-7"
+    resumed.train()
+    assert resumed.resumed_after == [7]
+    whole = make("whole", callbacks=[At(-1, terminate)])
+    whole.train()
+    assert_equal_runs(whole, resumed)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_of_checkpoints_that_cannot_be_written_to_is_found_first(make, tmp_path):
+    (tmp_path / "run").mkdir(mode=0o500)
+    trainer = make(output_dir=tmp_path / "out")
+    with pytest.raises(PermissionError):
+        trainer.train()
+    assert trainer.step == 0
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_found_first(make, tmp_path):
+    (tmp_path / "run").write_text("")
+    trainer = make(output_dir=tmp_path / "out")
+    with pytest.raises(FileExistsError):
+        trainer.train()
+    assert trainer.step == 0
+
+
+def test_a_second_run_at_the_same_time_is_refused_and_does_no_harm(make):
+    other = make(seed=6)
+    refused = []
+
+    def begin_another():
+        with pytest.raises(TrainingError, match="Another run is writing") as error:
+            other.train("latest")
+        refused.append(error)
+
+    trainer = make(callbacks=[At(7, begin_another)])
+    trainer.train()
+    assert refused
+    whole = make("whole", callbacks=[At(-1, terminate)])
+    whole.train()
+    assert_equal_runs(whole, trainer)
+    # It is free again afterwards.
+    make(callbacks=[At(-1, terminate)]).train("latest")
+
+
+class StopOnRecord(Callback):
+    def on_record(self, trainer, record):
+        trainer.should_stop = record.step == 6
+
+
+def test_a_run_that_a_callback_stopped_is_evaluated_and_stays_stopped(make):
+    trainer = make(callbacks=[StopOnRecord()])
+    trainer.train()
+    assert trainer.step == 6
+    assert [record.step for record in trainer.history if record.eval_loss is not None] == [4, 6]
+    for _ in range(2):
+        again = make(callbacks=[StopOnRecord()], seed=2)
+        again.train("latest")
+        assert_equal_runs(trainer, again)
+
+
+def test_more_patience_goes_on(make):
+    settings = {"early_stopping_threshold": 100.0, "eval_steps": 3}
+    make(early_stopping_patience=2, **settings).train()
+    longer = make(early_stopping_patience=3, **settings)
+    longer.train("latest")
+    assert longer.step == 12
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 8}, {"batch_size": 2}, {"gradient_accumulation_steps": 1}], ids=str
+)
+def test_epochs_are_epochs_also_after_a_change_of_the_batch(make, change):
+    epochs = {"max_steps": None, "num_epochs": 4, "eval_strategy": "epoch"}
+    part = make(callbacks=[], **epochs)
+    part._train_epoch()
+    part._train_epoch()
+    part._save_checkpoint()
+    resumed = make(callbacks=[], **(epochs | change))
+    resumed.train("latest")
+    assert resumed.history.records[-1].epoch == 4.0
+    found = [record.epoch for record in resumed.history if record.eval_loss is not None]
+    assert found == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_the_optimizers_settings_are_those_of_the_configuration(make):
+    make(max_steps=4).train()
+    resumed = make(weight_decay=0.5, betas=(0.5, 0.6), max_steps=6)
+    resumed._load_checkpoint()
+    group = resumed._loop.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["betas"]) == (0.5, (0.5, 0.6))
+    assert resumed._loop.optimizer.param_groups[1]["weight_decay"] == 0.0
+
+
+class SaveOnEvaluate(Callback):
+    def on_evaluate(self, trainer, record):
+        if record.step == 4:
+            trainer._save_checkpoint()
+
+
+def test_a_checkpoint_of_a_callback_holds_the_record(make):
+    whole = make("whole", callbacks=[SaveOnEvaluate()], save_steps=100)
+    whole.train()
+    resumed = make("whole", callbacks=[SaveOnEvaluate()], seed=2)
+    resumed._load_checkpoint(whole.run_folder / "checkpoint-4")
+    resumed.train()
+    assert_equal_runs(whole, resumed)
+
+
+def test_a_stream_is_evaluated_after_each_epoch(make, rows):
+    trainer = make(train=Stream(rows), eval_strategy="epoch", gradient_accumulation_steps=1)
+    trainer.train()
+    batches = -(-len(rows) // 4)
+    found = [record.step for record in trainer.history if record.eval_loss is not None]
+    assert found == [*range(batches + 1, STEPS, batches), STEPS]
+
+
+def test_a_change_of_folder_under_way_moves_nothing(make, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    trainer = make(
+        callbacks=[At(3, lambda: os.chdir(tmp_path))], checkpoint_dir="checkpoints", output_dir="out"
+    )
+    trainer.train()
+    assert {path.name for path in tmp_path.iterdir()} == {"a"}
+    assert (tmp_path / "a/out/history.jsonl").exists()
+    assert (tmp_path / f"a/checkpoints/checkpoint-{STEPS}").exists()
+
+
+def test_learned_positions_of_another_length_are_refused(make):
+    make(model={"positions": "learned"}, max_steps=2).train()
+    with pytest.raises(CheckpointError, match="max_seq_len is 32"):
+        make(model={"positions": "learned", "max_seq_len": 40}, max_steps=3).train("latest")
+    make(model={"positions": "learned"}, max_steps=3).train("latest")

@@ -12,8 +12,8 @@ import threading
 import traceback
 from collections.abc import Generator, Sequence
 from types import FrameType
+from typing import Any, cast
 
-import click
 import typer
 
 from llm_trainer.cli import _commands, _tokenize_commands
@@ -23,6 +23,9 @@ from llm_trainer.exceptions import FormatError, LLMTrainerError, TokenizerNotTra
 _MISUSE, _FAILURE, _INTERRUPTED, _TERMINATED = 2, 1, 130, 143
 # What fails through no fault of the one who asked; the package's other errors say what was asked wrongly.
 _FAILURES = (TrainingError, FormatError, TokenizerNotTrainedException)
+
+# Of the click that typer uses: the newest typers bring their own, whose errors are not the click package's.
+_UsageError, _ClickError = cast("tuple[Any, Any]", typer.BadParameter.__mro__[1:3])
 
 _HELP = """Train a language model from raw text on ordinary hardware.
 
@@ -89,13 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _sigterm_raises():
             code = typer.main.get_command(app).main(arguments, "llm-trainer", standalone_mode=False)
-    except click.Abort:
+    except typer.Abort:
         code = _INTERRUPTED
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return _MISUSE
-    except click.ClickException as error:
-        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "llm-trainer"
+    except _ClickError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            return _MISUSE
+        path = error.ctx.command_path if isinstance(error, _UsageError) and error.ctx else "llm-trainer"
         message = error.format_message()
         _say(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {path} --help.")
         return error.exit_code

@@ -28,6 +28,8 @@ def pick_device(name: str | None) -> torch.device:
         return get_device()
     try:
         device = torch.device(name)
+        if device.type not in {"cpu", "cuda", "mps", "xpu"}:
+            raise RuntimeError("it is none of cpu, cuda, mps and xpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]

@@ -50,6 +50,8 @@ def train_run(
     setup_logging(log_level)
     place = pick_device(device)
     output = Path(str(run.training.output_dir))
+    if output.exists() and not output.is_dir():
+        raise ConfigurationError(f"{output} is a file; --output-dir takes a folder.")
     checkpoint = _checkpoint_to_resume(run)
     if checkpoint is not None and force_tokenizer:
         _logger.warning("The tokenizer is not trained again: a resumed run keeps the one in its checkpoint.")

@@ -148,10 +148,14 @@ class Config(ABC):
         """Check paths, which become text, or None."""
         for name in names:
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str | os.PathLike):
+            if value is None:
+                continue
+            if not isinstance(value, str | os.PathLike):
                 self._refuse(name, "a path or None")
-            if value is not None:
-                setattr(self, name, os.fspath(cast("str", value)))
+            path = os.fspath(cast("str", value))
+            if "\0" in path:
+                self._refuse(name, "a path without a zero byte")
+            setattr(self, name, path)
 
     def _refuse(self, name: str, allowed: str) -> None:
         raise self.error(

@@ -61,7 +61,8 @@ class DataConfig(Config):
     preprocessing_num_workers: int = 4
     """Threads that tokenize."""
     dataloader_num_workers: int = 4
-    """Processes that prepare batches, where `TrainingConfig.dataloader_num_workers` is None."""
+    """Most processes that prepare batches, where `TrainingConfig.dataloader_num_workers` is None: there are
+    never more than cores."""
 
     def validate(self) -> None:
         """Check every field.
@@ -69,11 +70,11 @@ class DataConfig(Config):
         Raises:
             ConfigurationError: A value is impossible; the message says what is allowed.
         """
-        self._check_int("max_length", least=2)
+        self._check_int("max_length", least=2, most=2**20)
         self._check_int("min_length", least=0)
         self._check_int("vocab_size", least=259)
-        self._check_int("preprocessing_num_workers", least=1)
-        self._check_int("dataloader_num_workers", least=0)
+        self._check_int("preprocessing_num_workers", least=1, most=1024)
+        self._check_int("dataloader_num_workers", least=0, most=1024)
         self._check_flags("pack_sequences")
         self._check_choice("packing", PACKINGS)
         self._check_paths("train_file", "validation_file", "cache_dir", "dataset_name", "tokenizer")

@@ -124,7 +124,7 @@ class TrainingConfig(Config):
         for name in ("max_steps", "save_total_limit", "early_stopping_patience"):
             self._check_int(name, least=1, optional=True)
         self._check_int("warmup_steps", least=0, optional=True)
-        self._check_int("dataloader_num_workers", least=0, optional=True)
+        self._check_int("dataloader_num_workers", least=0, most=1024, optional=True)
         self._check_int("seed", least=0, most=2**64 - 1)
         self._check_int("world_size", least=1)
         self._check_int("local_rank", least=-1)
@@ -147,7 +147,7 @@ class TrainingConfig(Config):
         self._check_flags("use_amp", "compile_model")
         self._check_paths("output_dir", "checkpoint_dir", "resume_from_checkpoint")
         self._check_report_to()
-        self._check_text("run_name", optional=True)
+        self._check_text("run_name", "resume_from_checkpoint", optional=True)
         self._check_betas()
         if self.resume_from_checkpoint == "latest" and self.checkpoint_dir is None:
             raise ConfigurationError(

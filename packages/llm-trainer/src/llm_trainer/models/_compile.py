@@ -8,12 +8,20 @@ resumed computes what it would have without the interruption, to the bit.
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import types
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from llm_trainer.exceptions import TrainingError
 from llm_trainer.models._blocks import Block
 from llm_trainer.models._transformer import TransformerLM
+
+_MOST_GRAPHS = 64
+_numbers = itertools.count()
 
 
 def _run_block(
@@ -49,4 +57,11 @@ def compile_blocks_(model: TransformerLM) -> None:
             "needs a C++ compiler: install g++ (Debian: apt install g++), or name one in the environment "
             "variable CXX; or train with compile_model=False."
         ) from error
-    model.run_block = torch.compile(_run_block, fullgraph=True, dynamic=True)
+    # The compiler counts the graphs of a function's code, and refuses more than a few: so each model has code
+    # of its own, and the limit leaves room for every kind of batch.
+    code = _run_block.__code__.replace(co_name=f"{_run_block.__name__}_{next(_numbers)}")
+    function = types.FunctionType(code, _run_block.__globals__)
+    # It takes a second to load, so it is loaded when it is needed.
+    limits: Any = importlib.import_module("torch._dynamo.config")
+    limits.recompile_limit = max(limits.recompile_limit, _MOST_GRAPHS)
+    model.run_block = torch.compile(function, fullgraph=True, dynamic=True)

@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.safetensors"
 _STATE_VERSION = 1
-# These change no weight's shape and no result of the finished model.
+# These change no weight's shape (learned positions apart) and no result of the finished model.
 MAY_DIFFER = {"dropout", "attention_dropout", "gradient_checkpointing", "max_seq_len"}
 
 
@@ -49,7 +49,7 @@ def save(trainer: Trainer, loop: TrainingLoop) -> Path:
         save_state(folder / STATE_FILE, state)
 
     info = write_checkpoint(
-        Path(str(trainer.config.checkpoint_dir)),
+        Path(str(trainer.checkpoint_folder)),
         trainer.step,
         trainer.run_id,
         write,
@@ -104,10 +104,13 @@ def load(path: Path, trainer: Trainer, loop: TrainingLoop) -> None:
 
 def differences(found: ModelConfig, expected: ModelConfig, ignored: set[str] | None = None) -> str:
     """Name the fields in which two models differ; nothing if there are none."""
+    ignored = set(ignored or ())
+    if expected.positions == "learned":
+        ignored.discard("max_seq_len")
     return ", ".join(
         f"{field.name} is {getattr(found, field.name)!r}, the model's {getattr(expected, field.name)!r}"
         for field in dataclasses.fields(found)
-        if field.name not in (ignored or ()) and getattr(found, field.name) != getattr(expected, field.name)
+        if field.name not in ignored and getattr(found, field.name) != getattr(expected, field.name)
     )
 
 

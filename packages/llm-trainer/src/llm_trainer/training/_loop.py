@@ -57,6 +57,8 @@ class _Counts:
     loss: float = 0.0
     """Sum over all tokens."""
     labels: int = 0
+    evaluated_epochs: int = 0
+    """Passes over the data after which there was an evaluation."""
     place: tuple[int, int] = (0, 0)
     """The epoch, and the batch of it that is to be trained on next; changed in one go, for a signal may come
     between two."""
@@ -130,6 +132,7 @@ class TrainingLoop:
         return {
             "step": trainer.step,
             "counts": dataclasses.asdict(self.counts) | {"wall_s": wall_s},
+            "should_stop": trainer.should_stop,
             "pending": None if self._pending is None else dataclasses.asdict(self._pending),
             "optimizer_type": trainer.config.optimizer,
             "optimizer": self.optimizer.state_dict(),
@@ -167,12 +170,28 @@ class TrainingLoop:
         self.saved_step = None
         pending = state["pending"]
         self._pending = None if pending is None else _Taken(**pending)
+        settings = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
+        # The averages are the checkpoint's, the settings those of the configuration.
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
         if state["scaler"]:
             self._precision.scaler.load_state_dict(state["scaler"])
+        trainer.step, trainer.should_stop = state["step"], state["should_stop"]
+        if trainer.config.max_steps is None and self._batches_in_epoch is not None:
+            # Of the epochs that are left, for earlier ones may have had larger or smaller batches.
+            epoch, batch = self.counts.place
+            epochs_left = trainer.config.num_epochs - epoch
+            window = trainer.config.gradient_accumulation_steps
+            self.total_steps = trainer.step
+            if epochs_left > 0:
+                in_this = -(-(self._batches_in_epoch - batch) // window)
+                self.total_steps += in_this + (epochs_left - 1) * cast("int", self.steps_in_epoch)
         self._schedule()
         self._resumed_random = state["random"]
-        trainer.step = state["step"]
         trainer.history = TrainingHistory()
         for record in state["history"]:
             trainer.history.append(HistoryRecord(**record))
@@ -326,7 +345,10 @@ class TrainingLoop:
         trainer = self.trainer
         self._pending = self._last = taken
         try:
-            self._record(taken)
+            evaluated = self._record(taken)
+            if not evaluated and self.trainer.should_stop and self._evaluation_is_due():
+                # A callback has decided so when it saw the record.
+                self._record(taken)
         except EndWaiting:
             # A resumed run begins with this evaluation.
             return
@@ -346,18 +368,21 @@ class TrainingLoop:
             # For whoever looks at the history now; the resumed run records at its own time.
             self.trainer.history.append(self._new_record(self._last, None))
 
-    def _record(self, taken: _Taken) -> None:
+    def _record(self, taken: _Taken) -> bool:
+        """Add a record if one is due; return whether it has an evaluation."""
         evaluates = self._evaluation_is_due()
         if self._guard.received is not None and evaluates:
             raise EndWaiting
         ends = self.ends() and self._guard.received is None
         if not (evaluates or ends or self.trainer.step % self.trainer.config.logging_steps == 0):
-            return
+            return False
         eval_loss = None
         if evaluates:
             with self._guard.waiting():
                 eval_loss = self.trainer.evaluation_loss(self._progress)
+            self.counts.evaluated_epochs = self.counts.place[0]
         self._add_record(taken, eval_loss)
+        return evaluates
 
     def _new_record(self, taken: _Taken, eval_loss: float | None) -> HistoryRecord:
         counts = self.counts
@@ -383,6 +408,8 @@ class TrainingLoop:
         trainer = self.trainer
         record = self._new_record(taken, eval_loss)
         trainer.history.append(record)
+        # A callback may save a checkpoint, which has the record.
+        self._pending = None
         if eval_loss is not None:
             trainer.try_to_save_history()
         if self._progress is not None:
@@ -400,8 +427,10 @@ class TrainingLoop:
             return False
         if step >= self.total_steps or self.trainer.should_stop:
             return True
-        interval = config.eval_steps if config.eval_strategy == "steps" else self.steps_in_epoch
-        return interval is not None and step % interval == 0
+        if config.eval_strategy == "steps":
+            return step % config.eval_steps == 0
+        # Data without a length end with the first step after their end.
+        return self.counts.place[0] > self.counts.evaluated_epochs
 
     def _epochs(self) -> float:
         epoch, batch = self.counts.place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import signal
 from collections.abc import Iterator, Sequence, Sized
@@ -14,6 +15,7 @@ from av_memory import MemoryTracker
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from llm_trainer._files import write_text
 from llm_trainer.config import DataConfig, ModelConfig, TrainingConfig
 from llm_trainer.data import PositionedLoader, create_dataloader, load_splits
 from llm_trainer.exceptions import ModelConfigurationError, TrainingError
@@ -25,6 +27,7 @@ from llm_trainer.tokenizer import Tokenizer, load_tokenizer
 from llm_trainer.training import _checkpoints
 from llm_trainer.training._checkpoint_folder import remove_unfinished
 from llm_trainer.training._history import TrainingHistory
+from llm_trainer.training._lock import locked
 from llm_trainer.training._loop import TrainingLoop
 from llm_trainer.training._peak import peak_flops_per_s
 from llm_trainer.training._precision import Precision
@@ -110,9 +113,14 @@ class Trainer:
         """Of the device's peak, what a token a second takes."""
         self._data_config: DataConfig | None = None
         self._loop: TrainingLoop | None = None
+        self._is_over = False
         self._save_failure: OSError | None = None
-        folder = config.output_dir or config.checkpoint_dir
-        self.run_folder: Path | None = None if folder is None else Path(folder)
+        # Absolute, for a program may change its folder under way.
+        checkpoints, output = config.checkpoint_dir, config.output_dir
+        self.checkpoint_folder = None if checkpoints is None else Path(checkpoints).absolute()
+        """Where the checkpoints are."""
+        self.run_folder = self.checkpoint_folder if output is None else Path(output).absolute()
+        """Where all else of the run is."""
         self._loggers = (
             []
             if self.run_folder is None
@@ -140,7 +148,7 @@ class Trainer:
             SystemExit: With code 143 (128 + 15) after SIGTERM, in the same way.
         """
         resume = resume_from_checkpoint or self.config.resume_from_checkpoint
-        if resume is not None or self._loop is None:
+        if self._loop is None or self._is_over or resume_from_checkpoint is not None:
             self._loop = self._begin(resume)
         loop = self._loop
         if loop.total_steps <= self.step:
@@ -148,7 +156,7 @@ class Trainer:
         try:
             self._run(loop)
         finally:
-            self._loop = None
+            self._is_over = True
         return self.history
 
     def train_from_config(self, model_config: ModelConfig, data_config: DataConfig) -> TrainingHistory:
@@ -180,9 +188,10 @@ class Trainer:
     def _train_epoch(self) -> float:
         """Train to the end of the current pass over the data, and return its mean loss in nats a token.
 
-        A run that does not exist yet begins; `train` goes on with it, and `_save_checkpoint` saves it.
+        A run that does not exist yet begins, or is resumed as the configuration says; so does one after
+        `train`. `train` goes on with it, and `_save_checkpoint` saves it.
         """
-        if self._loop is None:
+        if self._loop is None or self._is_over:
             self._loop = self._begin(self.config.resume_from_checkpoint)
         counts = self._loop.counts
         loss, labels = counts.loss, counts.labels
@@ -200,10 +209,10 @@ class Trainer:
             TrainingError: There is no `checkpoint_dir`, no training data, or a weight is not finite.
             OSError: It cannot be written.
         """
-        if self._loop is None:
-            self._loop = self._begin(None)
-        if self.config.checkpoint_dir is None:
+        if self.checkpoint_folder is None:
             raise TrainingError("TrainingConfig.checkpoint_dir is None; set it to save checkpoints.")
+        if self._loop is None:
+            self._loop = self._begin(self.config.resume_from_checkpoint)
         return _checkpoints.save(self, self._loop)
 
     def _load_checkpoint(self, path: str | Path = "latest") -> Path | None:
@@ -225,24 +234,30 @@ class Trainer:
             raise TrainingError("The training dataset has no rows.")
         for dataset in (self.train_dataset, self.eval_dataset):
             _check_length(getattr(dataset, "max_length", 0), self.model.config)
-        self.history = TrainingHistory()
-        self.step = 0
-        self.should_stop = False
-        self._save_failure = None
-        folder = None if self.config.checkpoint_dir is None else Path(self.config.checkpoint_dir)
+        with locked(self.checkpoint_folder):
+            return self._begin_alone(resume)
+
+    def _begin_alone(self, resume: str | Path | None) -> TrainingLoop:
+        folder = self.checkpoint_folder
         self._resumed_from = None if resume is None else _checkpoints.find(resume, folder)
         if folder is not None:
-            # A folder that cannot be written to is found before the work, not after it.
-            folder.mkdir(parents=True, exist_ok=True)
             remove_unfinished(folder)
+            # A folder that cannot be written to is found before the work, not after it.
+            write_text(folder / ".writable", "")
+            (folder / ".writable").unlink()
+        self.history = TrainingHistory()
+        self.step = 0
+        self.should_stop = self._is_over = False
+        self._save_failure = None
         if self.config.compile_model and not self._compiled:
             compile_blocks_(self.model)
             self._compiled = self.compiles_first_step = True
-        loader = self._loader(self.train_dataset, train=True)
+        train_dataset = cast("Rows", self.train_dataset)
+        loader = self._loader(train_dataset, train=True)
         loop = TrainingLoop(
             self,
             loader=loader,
-            batches_in_epoch=None if isinstance(self.train_dataset, IterableDataset) else len(loader),
+            batches_in_epoch=None if isinstance(train_dataset, IterableDataset) else len(loader),
             precision=self._precision,
         )
         self.run_id = secrets.token_hex(8)
@@ -268,7 +283,7 @@ class Trainer:
                     resumed_from_step=self.step or None,
                 )
                 started.append(logger)
-            with MemoryTracker("train"), guard:
+            with locked(self.checkpoint_folder), MemoryTracker("train"), guard:
                 loop.run(guard, progress, started, epochs=epochs)
         finally:
             failure = self.try_to_save_history() or self._save_failure
@@ -373,7 +388,8 @@ class Trainer:
     def _loader(self, dataset: Rows, *, train: bool) -> PositionedLoader:
         workers = self.config.dataloader_num_workers
         if workers is None:
-            workers = 0 if self._data_config is None else self._data_config.dataloader_num_workers
+            wanted = 0 if self._data_config is None else self._data_config.dataloader_num_workers
+            workers = min(wanted, os.cpu_count() or 1)
         return create_dataloader(
             dataset,
             batch_size=self.config.batch_size,
@@ -412,7 +428,7 @@ class Trainer:
         """Write a checkpoint, if there is a folder for them; a failure is logged and kept for the end, for
         the earlier checkpoints are still there and the next save may succeed.
         """
-        if self.config.checkpoint_dir is None:
+        if self.checkpoint_folder is None:
             return
         self._save_failure = None
         try:

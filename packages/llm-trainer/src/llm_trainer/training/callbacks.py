@@ -44,7 +44,7 @@ class Callback:
 
     def on_step_end(self, trainer: Trainer) -> None:
         """Called after each step; set `trainer.should_stop` to make it the last one, evaluated as a last one
-        is.
+        is. A run that was stopped so is over, also when it is resumed.
         """
 
     def on_record(self, trainer: Trainer, record: HistoryRecord) -> None:
@@ -101,6 +101,7 @@ class EarlyStopping(Callback):
         """Lowest held-out loss so far."""
         self.evaluations_without_gain = 0
         """Evaluations since the one that had it."""
+        self._has_stopped = False
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Forget an earlier run; do not go on with one that was to stop here."""
@@ -108,6 +109,9 @@ class EarlyStopping(Callback):
             self._reset()
         elif self.evaluations_without_gain >= self.patience:
             trainer.should_stop = True
+        elif self._has_stopped:
+            # It has more patience now.
+            trainer.should_stop = self._has_stopped = False
 
     def on_record(self, trainer: Trainer, record: HistoryRecord) -> None:
         """Count, and stop at the limit."""
@@ -120,13 +124,18 @@ class EarlyStopping(Callback):
             return
         self.evaluations_without_gain += 1
         if self.evaluations_without_gain >= self.patience:
-            trainer.should_stop = True
+            trainer.should_stop = self._has_stopped = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the lowest loss and the count."""
-        return {"best_loss": self.best_loss, "evaluations_without_gain": self.evaluations_without_gain}
+        return {
+            "best_loss": self.best_loss,
+            "evaluations_without_gain": self.evaluations_without_gain,
+            "has_stopped": self._has_stopped,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.best_loss = state["best_loss"]
         self.evaluations_without_gain = state["evaluations_without_gain"]
+        self._has_stopped = state["has_stopped"]

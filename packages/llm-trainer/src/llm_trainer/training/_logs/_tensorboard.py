@@ -53,7 +53,8 @@ class TensorBoardLogger(RunLogger):
     def _start(self, run_info: dict[str, Any], resumed_from_step: int | None) -> None:
         self._close()
         self.folder.mkdir(parents=True, exist_ok=True)
-        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        # Later than all that are there, whatever the clock says.
+        seconds, nanoseconds = max(divmod(time.time_ns(), 10**9), self._after_the_newest())
         # The reader takes the files in the order of their names.
         name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}.{os.getpid()}"
         self._records = self._record_writer(AppendFile(self.folder / name))
@@ -64,6 +65,14 @@ class TensorBoardLogger(RunLogger):
         # Four blanks make the text a block of code, which shows as it is.
         text = "".join(f"    {line}\n" for line in json.dumps(run_info, indent=2).splitlines())
         self._write(step=first, summary=self._text_summary("run", text))
+
+    def _after_the_newest(self) -> tuple[int, int]:
+        times = [(0, 0)]
+        for path in self.folder.glob("events.out.tfevents.*"):
+            parts = path.name.split(".")
+            if parts[3].isdecimal() and parts[4].isdecimal():
+                times.append((int(parts[3]), int(parts[4]) + 1))
+        return max(times)
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         scalars = [self._summary.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
