@@ -24,9 +24,9 @@ from measuring import environment, table, write_results
 
 GPT2 = {"optimizer": "adamw", "weight_decay": 0.1, "betas": (0.9, 0.95), "lr_scheduler": "cosine",
         "warmup_steps": None, "warmup_ratio": 0.05, "min_lr_ratio": 0.1}  # fmt: skip
-# The settings that nanoGPT's README and configurations give a small model trained on one machine.
+# What nanoGPT's configurations say of a small model on one machine, with its warm-up as a share of the run.
 NANOGPT = {"optimizer": "adamw", "weight_decay": 0.1, "betas": (0.9, 0.99), "lr_scheduler": "cosine",
-           "warmup_steps": 100, "warmup_ratio": None, "min_lr_ratio": 0.1}  # fmt: skip
+           "warmup_steps": None, "warmup_ratio": 0.02, "min_lr_ratio": 0.1}  # fmt: skip
 SPEEDRUN = {"optimizer": "muon", "learning_rate": 3e-3, "muon_learning_rate": 0.02, "weight_decay": 0.01,
             "betas": (0.9, 0.95), "lr_scheduler": "warmup_stable_decay", "decay_ratio": 0.5,
             "warmup_steps": None, "warmup_ratio": 0.02, "min_lr_ratio": 0.0}  # fmt: skip
@@ -39,10 +39,9 @@ def recipes(size: str) -> dict[str, tuple[str, dict[str, Any], dict[str, Any]]]:
         "speedrun": (f"speedrun-{size}", {}, SPEEDRUN)
     }
     for rate in (1e-3, 2e-3, 6e-4):
-        made[f"gpt2, lr {rate:g}"] = (f"gpt2-{size}", {}, {**GPT2, "learning_rate": rate})
-    for rate in (1e-3, 6e-4):
         plain = {"dropout": 0.0, "attention_dropout": 0.0, "bias": False}
         made[f"nanoGPT, lr {rate:g}"] = (f"gpt2-{size}", plain, {**NANOGPT, "learning_rate": rate})
+        made[f"gpt2, lr {rate:g}"] = (f"gpt2-{size}", {}, {**GPT2, "learning_rate": rate})
     made["llama"] = (f"llama-{size}", {}, LLAMA)
     return made
 
