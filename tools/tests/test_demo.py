@@ -49,7 +49,7 @@ def start(arguments: list[str], folder: Path, **environment: str) -> subprocess.
 
 def run(arguments: list[str], folder: Path, **environment: str) -> tuple[int, str]:
     process = start(arguments, folder, **environment)
-    out, err = process.communicate(timeout=110)
+    out, err = process.communicate(timeout=350)
     return process.returncode, out + err
 
 

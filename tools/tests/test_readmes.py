@@ -32,7 +32,7 @@ def test_block_runs(path: Path, number: int, block: str, tmp_path: Path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=350,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
         check=False,
     )

@@ -139,13 +139,15 @@ def wait_for(child: int, moment: str, folder: Path, seconds: float) -> int | Non
             return None
 
 
-def survive(setting: Setting, folder: Path, changes: dict[str, Any], dice: random.Random) -> Counter[str]:
+def survive(
+    setting: Setting, folder: Path, changes: dict[str, Any], dice: random.Random, kills: int
+) -> Counter[str]:
     """Train to the end against all odds; return how often it was killed when."""
     killed: Counter[str] = Counter()
     for attempt in range(1, 200):
         child = start(setting, folder, changes)
         # After some kills the run is let go to its end.
-        moment = dice.choice(MOMENTS) if attempt <= 5 else "never"
+        moment = dice.choice(MOMENTS) if attempt <= kills else "never"
         if moment == "never":
             _, status = os.waitpid(child, 0)
         else:
@@ -170,6 +172,7 @@ def survive(setting: Setting, folder: Path, changes: dict[str, Any], dice: rando
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=50, help="runs to kill and resume (default 50)")
+    parser.add_argument("--kills", type=int, default=5, help="kills in a run, at most (default 5)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which they are killed")
     parser.add_argument("--json", type=Path, help="where to write the results (default: results/ beside it)")
     arguments = parser.parse_args()
@@ -189,7 +192,7 @@ def main() -> None:
                     raise SystemExit(f"the uninterrupted run ended with {status}")
                 expected[name] = outcome(whole)
             folder = Path(temporary) / f"run {number}"
-            kills = survive(setting, folder, VARIANTS[name], dice)
+            kills = survive(setting, folder, VARIANTS[name], dice, arguments.kills)
             killed += kills
             same = outcome(folder) == expected[name]
             different += not same

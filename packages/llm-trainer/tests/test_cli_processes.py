@@ -47,7 +47,7 @@ def _run(*arguments: object, cwd: Path | None = None, given: str = "") -> subpro
         cwd=cwd,
         input=given,
         env=_environment(),
-        timeout=100,
+        timeout=350,
     )
 
 

@@ -242,7 +242,7 @@ def test_a_signal_while_a_worker_is_waited_for_ends_the_waiting(make, rows):
     with pytest.raises(SystemExit):
         trainer.train()
     timer.join()
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 80
     newest, _ = _checkpoint_folder.newest_checkpoint(trainer.run_folder)
     assert newest.step == trainer.step
 
@@ -264,7 +264,7 @@ def test_a_signal_while_blocks_are_compiled_ends_the_compiling(make, monkeypatch
     started = time.monotonic()
     with pytest.raises(SystemExit):
         part.train()
-    assert time.monotonic() - started < 50
+    assert time.monotonic() - started < 80
     newest, _ = _checkpoint_folder.newest_checkpoint(part.run_folder)
     assert (newest.step, part.step) == (0, 0)
     resumed = make(seed=4)

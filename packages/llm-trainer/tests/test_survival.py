@@ -12,12 +12,15 @@ BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_survival
 
 @pytest.mark.timeout(600)
 def test_runs_that_are_killed_end_as_runs_that_are_not(request: pytest.FixtureRequest, tmp_path: Path):
-    rounds = 50 if request.config.getoption("--slow") else 4
+    rounds, kills = (50, 5) if request.config.getoption("--slow") else (4, 2)
     done = subprocess.run(
-        [sys.executable, str(BENCHMARK), "--rounds", str(rounds), "--json", str(tmp_path / "result.json")],
+        [
+            *(sys.executable, str(BENCHMARK), "--rounds", str(rounds), "--kills", str(kills)),
+            *("--json", str(tmp_path / "result.json")),
+        ],
         capture_output=True,
         text=True,
-        timeout=590,
+        timeout=None if request.config.getoption("--slow") else 590,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
