@@ -109,7 +109,7 @@ def slowest_imports(python: Path, module: str, count: int = 5) -> list[tuple[flo
     return sorted(((int(micros) / 1000, name) for micros, name in rows), reverse=True)[:count]
 
 
-def install(wheel: Wheel, environment: Path, options: argparse.Namespace) -> Path:
+def install(wheel: Wheel, wheels: list[Wheel], environment: Path, options: argparse.Namespace) -> Path:
     """A fresh environment with `wheel` and what it needs; returns its interpreter."""
     uv: str = options.uv
     run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, environment])
@@ -118,6 +118,9 @@ def install(wheel: Wheel, environment: Path, options: argparse.Namespace) -> Pat
     command += ["--find-links", options.dist]
     for constraint in (options.dist / "constraints.txt", *options.constraint):
         command += ["--constraint", constraint]
+    # uv keeps what it found in a --find-links folder by name and version, and would install an earlier build.
+    for one in wheels:
+        command += ["--refresh-package", one.name]
     run([*command, f"{wheel.name}=={wheel.version}"])
     return python
 
@@ -137,7 +140,7 @@ def foreign_files(wheel: Wheel, environment: Path) -> list[str]:
 
 def try_wheel(wheel: Wheel, wheels: list[Wheel], environment: Path, options: argparse.Namespace) -> None:
     start = time.perf_counter()
-    python = install(wheel, environment, options)
+    python = install(wheel, wheels, environment, options)
     for one in wheels:
         if found := foreign_files(one, environment):
             raise SmokeError(f"what was installed as {one.name} is not {one.path.name}: {found[0]} differs")

@@ -41,7 +41,7 @@ COMMAND = "[console_scripts]\nHello = hello_there.cli:main\n"
 @pytest.fixture
 def smoke(tmp_path, uv, monkeypatch, capsys):
     """Runs the tool on the wheels of `dist`, with no index to fall back on."""
-    monkeypatch.setenv("UV_OFFLINE", "1")
+    monkeypatch.setenv("UV_NO_INDEX", "1")
 
     def run(*arguments):
         places = ["--dist", tmp_path / "dist", "--work", tmp_path / "work", "--uv", uv]
@@ -83,6 +83,14 @@ def test_a_broken_wheel_fails_and_the_others_are_tried(smoke, tmp_path, files, c
     assert status == 1
     assert complaint in output.out
     assert "zebra 1.0: 1 modules" in output.out
+
+
+def test_a_wheel_that_was_built_again_is_the_one_that_is_tried(smoke, tmp_path):
+    build(tmp_path / "dist", "hello_there", HELLO, COMMAND)
+    assert smoke()[0] == 0
+    build(tmp_path / "dist", "hello_there", HELLO | {"hello_there/_private.py": "changed = True\n"}, COMMAND)
+    status, output = smoke()
+    assert status == 0, output
 
 
 def test_an_import_that_loads_torch_fails(smoke, tmp_path):
