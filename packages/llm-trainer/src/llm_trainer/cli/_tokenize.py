@@ -11,9 +11,10 @@ import typer
 
 from llm_trainer.cli._settings import TRAINED_KINDS, read_data
 from llm_trainer.cli._table import print_table
-from llm_trainer.cli._text import check_text, training_source
+from llm_trainer.cli._text import check_text
 from llm_trainer.config import DataConfig
 from llm_trainer.data import load_splits
+from llm_trainer.data._splits import training_source
 from llm_trainer.exceptions import ConfigurationError
 from llm_trainer.tokenizer import Tokenizer, create_tokenizer, load_tokenizer
 from llm_trainer.training.utils import setup_logging

@@ -8,9 +8,9 @@ from typing import Any
 
 from llm_trainer._files import read_json_object, write_json
 from llm_trainer.cli._settings import TRAINED_KINDS
-from llm_trainer.cli._text import training_source
 from llm_trainer.config import DataConfig
 from llm_trainer.data._folder import make_folder
+from llm_trainer.data._splits import training_source
 from llm_trainer.exceptions import ConfigurationError, FormatError
 from llm_trainer.tokenizer import Tokenizer, create_tokenizer, load_tokenizer
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from llm_trainer._files import json_sha256, read_json_object, write_json
@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 _TRAINED_KINDS = ("bpe", "char")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Splits:
     """What `load_splits` returns."""
 
@@ -82,21 +82,31 @@ def load_splits(
     return Splits(tokenizer, _cached_rows(cache, text, tokenizer, config), validation)
 
 
+def training_source(data: DataConfig) -> Source:
+    """Find the text to train on.
+
+    Raises:
+        DataError: It does not exist.
+    """
+    if data.train_file is not None:
+        return find_files(data.train_file, data.file_patterns, data.text_column)
+    return find_dataset(
+        data.dataset_name, data.dataset_config, data.dataset_split, data.text_column, data.file_patterns
+    )
+
+
+def held_out(data: DataConfig) -> DataConfig | None:
+    """Return a configuration whose training text is the text that `data` evaluates on; None without any."""
+    if data.validation_file is not None:
+        return dataclasses.replace(data, train_file=data.validation_file, validation_file=None)
+    if data.train_file is None and data.validation_split is not None:
+        return dataclasses.replace(data, dataset_split=data.validation_split, validation_split=None)
+    return None
+
+
 def _sources(config: DataConfig) -> tuple[Source, Source | None]:
-    def files(path: str) -> Source:
-        return find_files(path, config.file_patterns, config.text_column)
-
-    def dataset(split: str) -> Source:
-        return find_dataset(
-            config.dataset_name, config.dataset_config, split, config.text_column, config.file_patterns
-        )
-
-    train = files(config.train_file) if config.train_file is not None else dataset(config.dataset_split)
-    if config.validation_file is not None:
-        return train, files(config.validation_file)
-    if config.train_file is None and config.validation_split is not None:
-        return train, dataset(config.validation_split)
-    return train, None
+    validation = held_out(config)
+    return training_source(config), None if validation is None else training_source(validation)
 
 
 class _Text:
