@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llm_trainer import __version__
-from llm_trainer._files import write_json
 from llm_trainer.config import DataConfig
 from llm_trainer.training.plots import save_loss_curve, save_run_report
 
@@ -23,45 +21,34 @@ _logger = logging.getLogger(__name__)
 _LIBRARIES = ("numpy", "rustbpe", "safetensors", "tiktoken", "torch")
 
 
-@dataclass(frozen=True)
-class RunInfo:
-    """What `run.json` holds."""
-
-    values: dict[str, Any]
-
-    def save(self, folder: Path) -> None:
-        """Write `run.json`."""
-        write_json(folder / "run.json", self.values)
-
-
-def run_info(trainer: Trainer, data_config: DataConfig | None) -> RunInfo:
+def run_info(trainer: Trainer, data_config: DataConfig | None) -> dict[str, Any]:
     """Describe a run: the configurations, with the seed, and what they were run with and on."""
-    return RunInfo(
-        {
-            "run_id": trainer.run_id,
-            "model": trainer.model.config.to_dict(),
-            "training": trainer.config.to_dict(),
-            "data": None if data_config is None else data_config.to_dict(),
-            "seed": trainer.config.seed,
-            "parameters": trainer.model.get_num_params(),
-            "tokenizer": trainer.tokenizer.fingerprint(),
-            "device": str(trainer.device),
-            "device_name": torch.cuda.get_device_name(trainer.device)
-            if trainer.device.type == "cuda"
-            else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "python": platform.python_version(),
-                "llm-trainer": __version__,
-                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
-            },
-        }
-    )
+    return {
+        "run_id": trainer.run_id,
+        "model": trainer.model.config.to_dict(),
+        "training": trainer.config.to_dict(),
+        "data": None if data_config is None else data_config.to_dict(),
+        "seed": trainer.config.seed,
+        "parameters": trainer.model.get_num_params(),
+        "tokenizer": trainer.tokenizer.fingerprint(),
+        "device": str(trainer.device),
+        "device_name": torch.cuda.get_device_name(trainer.device)
+        if trainer.device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "llm-trainer": __version__,
+            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+        },
+    }
 
 
-def save_curves(trainer: Trainer, folder: Path, data_config: DataConfig | None) -> None:
-    """Draw the history as a picture and as a page; a failure is logged, for the run is over and well."""
-    values = run_info(trainer, data_config).values
+def save_curves(trainer: Trainer, folder: Path, values: dict[str, Any]) -> None:
+    """Draw the history as a picture, and as a page with what `run_info` says.
+
+    A failure is only logged, for the run itself is over and well.
+    """
     groups: dict[str, Any] = {name: value for name, value in values.items() if isinstance(value, dict)}
     groups["run"] = {name: value for name, value in values.items() if name not in groups}
     try:

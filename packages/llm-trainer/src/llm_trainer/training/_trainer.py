@@ -15,7 +15,7 @@ from av_memory import MemoryTracker
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from llm_trainer._files import write_text
+from llm_trainer._files import write_json, write_text
 from llm_trainer.config import DataConfig, ModelConfig, TrainingConfig
 from llm_trainer.data import PositionedLoader, create_dataloader, load_splits
 from llm_trainer.exceptions import ModelConfigurationError, TrainingError
@@ -269,19 +269,17 @@ class Trainer:
             self.resumed_after = [*self.resumed_after, self.step]
         if self.run_folder is not None:
             self.save_history()
-            run_info(self, self._data_config).save(self.run_folder)
+            write_json(self.run_folder / "run.json", run_info(self, self._data_config))
         return loop
 
     def _run(self, loop: TrainingLoop, *, epochs: int | None = None) -> None:
         guard = SignalGuard()
         progress = ProgressReport(loop.total_steps, first_step=self.step) if self._show_progress else None
         started: list[RunLogger] = []
+        info = run_info(self, self._data_config)
         try:
             for logger in self._loggers:
-                logger.start(
-                    run_info(self, self._data_config).values,
-                    resumed_from_step=self.step or None,
-                )
+                logger.start(info, resumed_from_step=self.step or None)
                 started.append(logger)
             with locked(self.checkpoint_folder), MemoryTracker("train"), guard:
                 loop.run(guard, progress, started, epochs=epochs)
@@ -299,7 +297,7 @@ class Trainer:
                 raise SystemExit(128 + signal.SIGTERM)
             raise KeyboardInterrupt(message)
         if failure is None and self.run_folder is not None and loop.ends():
-            save_curves(self, self.run_folder, self._data_config)
+            save_curves(self, self.run_folder, info)
         if failure is not None:
             raise failure
 
