@@ -1,5 +1,8 @@
 import dataclasses
+import os
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +69,28 @@ VARIANTS = {
     },
     "post norm": {"pre_norm": False, "positions": "learned", "activation": "silu"},
 }
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a disk of some kilobytes; skips, with the reason, where that cannot be done."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    mounts: list[Path] = []
+
+    def mount(size_kb: int) -> Path:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size_kb}k", "tmpfs", str(disk)]
+        mounted = subprocess.run(command, capture_output=True, check=False)
+        if mounted.returncode:
+            pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
+        mounts.append(disk)
+        return disk
+
+    yield mount
+    for disk in mounts:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture

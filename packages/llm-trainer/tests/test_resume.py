@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -469,30 +468,19 @@ def test_a_full_disk_loses_no_checkpoint_and_is_raised_at_the_end(make, monkeypa
     assert [path.name for path in again.run_folder.glob("*checkpoint*")] == [f"checkpoint-{STEPS}"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_disk_that_is_really_full_ends_no_training(make, tmp_path, caplog):
+def test_a_disk_that_is_really_full_ends_no_training(make, small_disk, tmp_path, caplog):
     size = make("size", max_steps=1)
     size.train()
     needed = sum(path.stat().st_size for path in (size.run_folder / "checkpoint-1").iterdir())
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    options = f"size={int(1.5 * needed / 1024)}k"
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        trainer = make("disk", output_dir=tmp_path / "out", save_total_limit=1)
-        with pytest.raises(OSError, match=r"No space left|cannot be written"):
-            trainer.train()
-        assert trainer.step == STEPS
-        assert "step 10 cannot be written" in caplog.text
-        newest, passed = _checkpoint_folder.newest_checkpoint(disk)
-        assert (newest.step, passed) == (5, [])
-        assert {path.name for path in disk.iterdir()} == {"checkpoint-5", ".lock"}
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    disk = small_disk(int(1.5 * needed / 1024))
+    trainer = make("disk", output_dir=tmp_path / "out", save_total_limit=1)
+    with pytest.raises(OSError, match=r"No space left|cannot be written"):
+        trainer.train()
+    assert trainer.step == STEPS
+    assert "step 10 cannot be written" in caplog.text
+    newest, passed = _checkpoint_folder.newest_checkpoint(disk)
+    assert (newest.step, passed) == (5, [])
+    assert {path.name for path in disk.iterdir()} == {"checkpoint-5", ".lock"}
 
 
 def test_the_contracts_own_steps(make):
