@@ -46,6 +46,68 @@ def test_attention_and_its_gradients_equal_a_masked_softmax(dtype, segments, ban
     assert distance(gradient, expected_gradient) < tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "documents"])
+@pytest.mark.parametrize("band", [256, 48])
+def test_attention_with_dropout_and_its_gradients_equal_a_masked_softmax(dtype, segments, band, monkeypatch):
+    monkeypatch.setattr("llm_trainer.models._causal_attention._BAND", band)
+    monkeypatch.setattr("llm_trainer.models._causal_attention._BAND_SCORES", 3 * band * 120)
+    wide = torch.randn(2, 120, 12, 16, dtype=dtype).requires_grad_()
+    q, k, v = wide.transpose(1, 2).split(4, dim=1)
+    direction = torch.randn(2, 4, 120, 16, dtype=dtype)
+    documents = None if segments is None else document_runs(segments)
+
+    def attend(values):
+        torch.manual_seed(5)
+        return causal_attention(q, k, values, documents, 0.3)
+
+    found = attend(v)
+    (gradient,) = torch.autograd.grad(found, wide, direction)
+    # Values that are unit vectors show the weights, a few columns at a time.
+    units = torch.eye(120, dtype=dtype).split(16 if band == 48 else 8, dim=1)
+    shown = [attend(F.pad(unit, (0, 16 - unit.size(1))).expand(2, 4, 120, 16).contiguous()) for unit in units]
+    kept = torch.cat([x[..., : unit.size(1)] for x, unit in zip(shown, units, strict=True)], dim=-1) != 0
+
+    exact = wide.detach().double().requires_grad_()
+    q_, k_, v_ = exact.transpose(1, 2).split(4, dim=1)
+    mask = allowed_pairs(torch.ones(2, 120) if segments is None else segments + 4 * (segments == 0))
+    weights = (q_ @ k_.transpose(-1, -2) / 4).masked_fill(~mask, -torch.inf).softmax(-1)
+    expected = (weights * kept / 0.7) @ v_
+    (expected_gradient,) = torch.autograd.grad(expected, exact, direction.double())
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    assert distance(found, expected) < tolerance
+    assert distance(gradient, expected_gradient) < tolerance
+    pairs = mask.expand_as(kept)
+    deviation = (0.3 * 0.7 / pairs.sum().item()) ** 0.5
+    assert kept[pairs].double().mean().item() == pytest.approx(0.7, abs=4 * deviation)
+    assert not kept[~pairs].any()
+    # Every head, row and band has choices of its own.
+    assert len({tuple(row.flatten().tolist()) for row in kept[:, :, 30:100, 30:].flatten(0, 1)}) == 8
+
+
+def test_what_attention_drops_is_drawn_from_torchs_generator():
+    q, k, v = torch.randn(3, 1, 2, 64, 8)
+    torch.manual_seed(1)
+    first, second = (causal_attention(q, k, v, None, 0.5) for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(causal_attention(q, k, v, None, 0.5), first)
+    # As good as always: of a row of weights nothing, or the whole, is left.
+    assert torch.equal(causal_attention(q, k, v, None, 1 - 1e-9)[:, :, 0], torch.zeros(1, 2, 8))
+    torch.testing.assert_close(causal_attention(q, k, v, None, 1e-9), causal_attention(q, k, v))
+
+
+def test_dropped_weights_are_the_same_when_a_block_is_computed_again(build):
+    ids = torch.randint(0, 61, (2, 24))
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(2)
+        model = build(attention_dropout=0.4, dropout=0.2, gradient_checkpointing=again).train()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 def test_documents_are_the_runs_of_equal_numbers():
     expected = [[0, 0, 30], [0, 30, 100], [0, 100, 120], [1, 0, 100], [1, 100, 120]]
     assert document_runs(SEGMENTS).tolist() == expected

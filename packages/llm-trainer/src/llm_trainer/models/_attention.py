@@ -73,11 +73,11 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k_BKSC, v_BKSC = cache.append(k_BKSC, v_BKSC)
         dropout = self.attention_dropout if self.training else 0.0
-        if mask is None and cache is None and serves(x_BTD.device, dropout):
+        if mask is None and cache is None and serves(x_BTD.device):
             groups = self.n_heads // self.kv_heads
             if groups > 1:
                 k_BKSC, v_BKSC = (x.repeat_interleave(groups, dim=1) for x in (k_BKSC, v_BKSC))
-            y_BHTC = causal_attention(q_BHTC, k_BKSC, v_BKSC, documents)
+            y_BHTC = causal_attention(q_BHTC, k_BKSC, v_BKSC, documents, dropout)
         else:
             y_BHTC = F.scaled_dot_product_attention(
                 q_BHTC,

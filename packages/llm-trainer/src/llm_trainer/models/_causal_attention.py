@@ -8,10 +8,13 @@ attention weights computed anew, so nothing of size T x T outlives a band. Score
 before the softmax, as they are in an attention written with matrix products. In other dtypes the backward
 is the flash kernel's.
 
+Torch's flash kernel cannot drop attention weights. With dropout both passes go by bands, and what is dropped
+is drawn anew in the backward pass, from a number that the forward pass drew from torch's own generator.
+
 A row of several documents costs less than one long document, because each is attended to by itself.
 
-Both passes are operators of their own (`llm_trainer::causal_attention`), so a compiler takes them as they
-are: their loops depend on the data.
+All passes are operators of their own (`llm_trainer::causal_attention` and so on), so a compiler takes them as
+they are: their loops depend on the data.
 """
 
 from __future__ import annotations
@@ -57,9 +60,9 @@ _HAS_OPERATORS = (
 )
 
 
-def serves(device: torch.device, dropout: float) -> bool:
+def serves(device: torch.device) -> bool:
     """Whether `causal_attention` can be used; else torch's own attention is, with a mask for documents."""
-    return _HAS_OPERATORS and device.type == "cpu" and not dropout
+    return _HAS_OPERATORS and device.type == "cpu"
 
 
 def document_runs(segments_BT: Tensor) -> Tensor | None:
@@ -125,6 +128,17 @@ def _lengthened(x_BHTC: Tensor) -> Tensor:
     return F.pad(x_BHTC, (0, 0, 0, lacking)) if lacking else x_BHTC
 
 
+def _merged(x_BHTC: Tensor) -> Tensor:
+    """Put rows and heads into one dimension, with the tokens lengthened: (B * H, T or more, C)."""
+    return _lengthened(x_BHTC).flatten(0, 1).contiguous()
+
+
+def _unmerged(x_NTC: Tensor, like_BHTC: Tensor) -> Tensor:
+    """Undo `_merged`."""
+    B, H, T, C = like_BHTC.shape
+    return x_NTC.view(B, H, -1, C)[:, :, :T]
+
+
 def _backward(
     grad_BHTC: Tensor,
     q_BHTC: Tensor,
@@ -142,10 +156,8 @@ def _backward(
             x[part] for x in (grad_BHTC, q_BHTC, k_BHTC, v_BHTC, out_BHTC, log_sums_BHT)
         )
         if q.dtype == torch.bfloat16:
-            B, H, T, C = q.shape
-            grad, q, k, v = (_lengthened(x).flatten(0, 1).contiguous() for x in (grad, q, k, v))
-            merged = _banded_backward(grad, q, k, v)
-            found = [x.view(B, H, -1, C)[:, :, :T] for x in merged]
+            merged = _banded_backward(_merged(grad), _merged(q), _merged(k), _merged(v))
+            found = [_unmerged(x, q) for x in merged]
         else:
             found = cast(
                 "list[Tensor]",
@@ -158,42 +170,112 @@ def _backward(
     return grads[0], grads[1], grads[2]
 
 
+class _Dropout:
+    """Draws which attention weights are dropped; the same ones again from the same number."""
+
+    def __init__(self, probability: float, seed: Tensor) -> None:
+        # A quarter of a random number decides each, so probabilities are multiples of 2^-16.
+        self._threshold = min(round(probability * 2**16), 2**16 - 1) - 2**15
+        self._generator = torch.Generator().manual_seed(int(seed))
+        self.scale = 1 / (1 - probability)
+
+    def kept_like(self, weights: Tensor) -> Tensor:
+        """Return 1 for each weight that is kept and 0 for each that is not."""
+        numbers = torch.empty(-(-weights.numel() // 4), dtype=torch.int64)
+        numbers.random_(-(2**63), None, generator=self._generator)
+        quarters = numbers.view(torch.int16)[: weights.numel()]
+        return (quarters >= self._threshold).to(weights.dtype).view_as(weights)
+
+
+def _bands(heads: int, tokens: int) -> Iterator[tuple[slice, slice]]:
+    """Yield heads and queries that are computed at once; of some heads the last queries come first."""
+    count = max(1, _BAND_SCORES // (min(_BAND, tokens) * tokens))
+    for first in range(0, heads, count):
+        for end in range(tokens, 0, -_BAND):
+            yield slice(first, first + count), slice(max(0, end - _BAND), end)
+
+
+def _banded_forward(scaled_q_NTC: Tensor, k_NTC: Tensor, v_NTC: Tensor, dropout: _Dropout) -> Tensor:
+    out_NTC = torch.empty_like(v_NTC)
+    for n, queries in _bands(*k_NTC.shape[:2]):
+        keys = n, slice(queries.stop)
+        weights = _weights_(scaled_q_NTC[n, queries] @ k_NTC[keys].transpose(1, 2))
+        weights *= dropout.kept_like(weights)
+        torch.mul(weights @ v_NTC[keys], dropout.scale, out=out_NTC[n, queries])
+    return out_NTC
+
+
 def _banded_backward(
-    grad_NTC: Tensor, q_NTC: Tensor, k_NTC: Tensor, v_NTC: Tensor
+    grad_NTC: Tensor, q_NTC: Tensor, k_NTC: Tensor, v_NTC: Tensor, dropout: _Dropout | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    N, T, C = q_NTC.shape
+    _, T, C = q_NTC.shape
     scale = C**-0.5
     scaled_q_NTC = q_NTC * scale
+    if dropout is not None:
+        grad_NTC = grad_NTC * dropout.scale
     grad_q_NTC, grad_k_NTC, grad_v_NTC = (torch.empty_like(x) for x in (q_NTC, k_NTC, v_NTC))
-    heads = max(1, _BAND_SCORES // (min(_BAND, T) * T))
-    for first in range(0, N, heads):
-        n = slice(first, first + heads)
-        k, v, grad_k, grad_v = k_NTC[n], v_NTC[n], grad_k_NTC[n], grad_v_NTC[n]
-        # From the last band, which alone concerns every key, to the first.
-        for end in range(T, 0, -_BAND):
-            band = n, slice(max(0, end - _BAND), end)
-            q, grad = scaled_q_NTC[band], grad_NTC[band]
-            scores = q @ k[:, :end].transpose(1, 2)
-            grad_weights = grad @ v[:, :end].transpose(1, 2)
-            weights, slopes = _weights_and_slopes_(scores, grad_weights)
-            torch.mul(slopes @ k[:, :end], scale, out=grad_q_NTC[band])
-            if end == T:
-                torch.bmm(slopes.transpose(1, 2), q, out=grad_k)
-                torch.bmm(weights.transpose(1, 2), grad, out=grad_v)
-            else:
-                grad_k[:, :end] += slopes.transpose(1, 2) @ q
-                grad_v[:, :end] += weights.transpose(1, 2) @ grad
+    for n, queries in _bands(*k_NTC.shape[:2]):
+        keys = n, slice(queries.stop)
+        q, grad = scaled_q_NTC[n, queries], grad_NTC[n, queries]
+        weights = _weights_(q @ k_NTC[keys].transpose(1, 2))
+        grad_weights = grad @ v_NTC[keys].transpose(1, 2)
+        used = weights
+        if dropout is not None:
+            kept = dropout.kept_like(weights)
+            used = weights * kept
+            grad_weights *= kept
+        slopes = _aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        torch.mul(slopes @ k_NTC[keys], scale, out=grad_q_NTC[n, queries])
+        # The last queries, which come first, alone concern every key.
+        if queries.stop == T:
+            torch.bmm(slopes.transpose(1, 2), q, out=grad_k_NTC[n])
+            torch.bmm(used.transpose(1, 2), grad, out=grad_v_NTC[n])
+        else:
+            grad_k_NTC[keys] += slopes.transpose(1, 2) @ q
+            grad_v_NTC[keys] += used.transpose(1, 2) @ grad
     return grad_q_NTC, grad_k_NTC, grad_v_NTC
 
 
-def _weights_and_slopes_(scores_NTS: Tensor, grad_NTS: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the attention weights, and the scores' gradient from the weights'; overwrite the scores."""
+def _weights_(scores_NTS: Tensor) -> Tensor:
+    """Return the attention weights; overwrite the scores."""
     T, S = scores_NTS.shape[-2:]
     # Only the last T columns hold a token after a query.
     later = scores_NTS.new_full((T, T), -torch.inf).triu_(1)
     scores_NTS[..., S - T :] += later
-    weights = scores_NTS.softmax(-1)
-    return weights, _aten._softmax_backward_data(grad_NTS, weights, -1, weights.dtype)
+    return scores_NTS.softmax(-1)
+
+
+def _forward_with_dropout(
+    q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, documents_K3: Tensor | None, probability: float
+) -> tuple[Tensor, Tensor]:
+    seed = torch.randint(2**62, ())
+    dropout = _Dropout(probability, seed)
+    out_BHTC = _empty_like_heads(q_BHTC)
+    for rows, tokens in _groups(documents_K3, q_BHTC.size(0), q_BHTC.size(2)):
+        part = rows, slice(None), tokens
+        q, k, v = (_merged(x[part]) for x in (q_BHTC, k_BHTC, v_BHTC))
+        out_BHTC[part] = _unmerged(_banded_forward(q * q.size(2) ** -0.5, k, v, dropout), out_BHTC[part])
+    return out_BHTC, seed
+
+
+def _backward_with_dropout(
+    grad_BHTC: Tensor,
+    q_BHTC: Tensor,
+    k_BHTC: Tensor,
+    v_BHTC: Tensor,
+    seed: Tensor,
+    documents_K3: Tensor | None,
+    probability: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dropout = _Dropout(probability, seed)
+    inputs = q_BHTC, k_BHTC, v_BHTC
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    for rows, tokens in _groups(documents_K3, q_BHTC.size(0), q_BHTC.size(2)):
+        part = rows, slice(None), tokens
+        grad, q, k, v = (_merged(x[part]) for x in (grad_BHTC, *inputs))
+        for whole, found in zip(grads, _banded_backward(grad, q, k, v, dropout), strict=True):
+            whole[part] = _unmerged(found, whole[part])
+    return grads[0], grads[1], grads[2]
 
 
 _library = cast("Any", torch.library.Library("llm_trainer", "FRAGMENT"))
@@ -202,12 +284,26 @@ _library.define(
     "causal_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, "
     "Tensor? documents) -> (Tensor, Tensor, Tensor)"
 )
+_library.define(
+    "causal_attention_dropout(Tensor q, Tensor k, Tensor v, Tensor? documents, float p) -> (Tensor, Tensor)",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+_library.define(
+    "causal_attention_dropout_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor seed, "
+    "Tensor? documents, float p) -> (Tensor, Tensor, Tensor)"
+)
 _library.impl("causal_attention", _forward, "CPU")
 _library.impl("causal_attention_backward", _backward, "CPU")
+_library.impl("causal_attention_dropout", _forward_with_dropout, "CPU")
+_library.impl("causal_attention_dropout_backward", _backward_with_dropout, "CPU")
 
 
 def _describe_forward(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return _empty_like_heads(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _describe_forward_with_dropout(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _empty_like_heads(q), q.new_empty((), dtype=torch.int64)
 
 
 def _describe_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: object) -> tuple[Tensor, ...]:
@@ -217,6 +313,8 @@ def _describe_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: object) 
 _register_fake = cast("Any", torch.library).register_fake
 _register_fake("llm_trainer::causal_attention", _describe_forward, lib=_library)
 _register_fake("llm_trainer::causal_attention_backward", _describe_backward, lib=_library)
+_register_fake("llm_trainer::causal_attention_dropout", _describe_forward_with_dropout, lib=_library)
+_register_fake("llm_trainer::causal_attention_dropout_backward", _describe_backward, lib=_library)
 _ops = cast("Any", torch.ops.llm_trainer)
 
 
@@ -233,11 +331,34 @@ class _CausalAttention(torch.autograd.Function):
         return (*_ops.causal_attention_backward(grad, *ctx.saved_tensors), None)
 
 
+class _CausalAttentionWithDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, p: float) -> Tensor:
+        out, seed = _ops.causal_attention_dropout(q, k, v, documents, p)
+        ctx.save_for_backward(q, k, v, seed, documents)
+        ctx.p = p
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (*_ops.causal_attention_dropout_backward(grad, *ctx.saved_tensors, ctx.p), None, None)
+
+
 def causal_attention(
-    q_BHTC: Tensor, k_BHTC: Tensor, v_BHTC: Tensor, documents_K3: Tensor | None = None
+    q_BHTC: Tensor,
+    k_BHTC: Tensor,
+    v_BHTC: Tensor,
+    documents_K3: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attend to all tokens before and at each one, or to those of its document: see `document_runs`.
 
-    A second derivative raises `RuntimeError`.
+    `dropout` is the probability of dropping an attention weight, rounded to a multiple of 2^-16. A second
+    derivative raises `RuntimeError`.
     """
+    if dropout:
+        return cast(
+            "Tensor", _CausalAttentionWithDropout.apply(q_BHTC, k_BHTC, v_BHTC, documents_K3, dropout)
+        )
     return cast("Tensor", _CausalAttention.apply(q_BHTC, k_BHTC, v_BHTC, documents_K3))

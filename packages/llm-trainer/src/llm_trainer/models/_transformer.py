@@ -171,7 +171,7 @@ class TransformerLM(nn.Module):
                     "they must be equal."
                 )
             if not torch.all(attention_mask == attention_mask[:, :1]) or not torch.all(attention_mask[:, 0]):
-                if serves(input_ids.device, self.config.attention_dropout if self.training else 0.0):
+                if serves(input_ids.device):
                     documents = document_runs(attention_mask)
                 if documents is None:
                     mask = allowed_pairs(attention_mask)
