@@ -2,7 +2,14 @@ import subprocess
 import sys
 
 import pytest
-from llm_trainer.config import DataConfig, ModelConfig, TrainingConfig
+from llm_trainer.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    calculate_parameters,
+    estimate_memory_usage,
+)
 from llm_trainer.exceptions import ConfigurationError, FormatError, LLMTrainerError, ModelConfigurationError
 
 
@@ -132,6 +139,24 @@ def test_impossible_data_is_refused():
         DataConfig(file_patterns="*.txt")  # type: ignore[arg-type] - the mistake under test
     with pytest.raises(ConfigurationError, match="at least 259"):
         DataConfig(vocab_size=258)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: calculate_parameters({}), r"be a ModelConfig, .* type dict: {}; .* ModelConfig.from_dict\("),
+        (lambda: estimate_memory_usage(TrainingConfig()), "ModelConfig, but is of type TrainingConfig"),
+        (lambda: ModelConfig.from_dict(None), "What ModelConfig.from_dict takes must be a Mapping.*None"),
+        (lambda: TrainingConfig.from_dict("x"), "type str: 'x'"),
+        (lambda: RunConfig.from_dict([1]), r"RunConfig.from_dict takes must be a Mapping.*\[1\]"),
+        (lambda: RunConfig(model={}), "model must be a ModelConfig"),
+        (lambda: RunConfig(training=None), "training must be a TrainingConfig"),
+        (lambda: RunConfig(data=ModelConfig()), "data must be a DataConfig"),
+    ],
+)
+def test_objects_of_another_type_are_refused(use, message):
+    with pytest.raises(ConfigurationError, match=message):
+        use()
 
 
 @pytest.mark.parametrize(

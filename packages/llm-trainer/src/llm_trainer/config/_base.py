@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self, cast
 import yaml
 
 from llm_trainer._files import read_json_object, shown, write_json, write_text
-from llm_trainer.exceptions import ConfigurationError
+from llm_trainer.exceptions import ConfigurationError, LLMTrainerError
 
 SECTIONS = {"model", "training", "data"}
 """What a file with several configurations calls them."""
@@ -59,8 +59,10 @@ class Config(ABC):
         """Build a configuration from a mapping; fields that it lacks get their defaults.
 
         Raises:
-            ConfigurationError: A key is unknown (the nearest known one is named) or a value is impossible.
+            ConfigurationError: It is no mapping, a key is unknown (the nearest known one is named) or a value
+                is impossible.
         """
+        check_type(config_dict, Mapping, f"What {cls.__name__}.from_dict takes", cls.error)
         known = [field.name for field in dataclasses.fields(cls)]
         for key in config_dict:
             if key not in known:
@@ -161,6 +163,30 @@ class Config(ABC):
         raise self.error(
             f"{type(self).__name__}.{name} is {shown(getattr(self, name))}; it must be {allowed}."
         )
+
+
+def check_type(
+    value: object, wanted: type[Any], name: str, error: type[LLMTrainerError] | None = None
+) -> None:
+    """Refuse an object of another type: a dictionary where a configuration is needed, for instance.
+
+    Args:
+        value: What was given.
+        wanted: The type that is needed.
+        name: What the value is called.
+        error: What is raised; None means that of the configuration `wanted`.
+
+    Raises:
+        LLMTrainerError: It is not a `wanted`.
+    """
+    if isinstance(value, wanted):
+        return
+    remedy = ""
+    if issubclass(type(value), Mapping) and hasattr(wanted, "from_dict"):
+        remedy = f"; make one with {wanted.__name__}.from_dict(...)"
+    raise (error or getattr(wanted, "error", ConfigurationError))(
+        f"{name} must be a {wanted.__name__}, but is of type {type(value).__name__}: {shown(value)}{remedy}."
+    )
 
 
 def hint(name: object, known: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from llm_trainer._files import shown
-from llm_trainer.config._base import SECTIONS, hint, read_mapping, write_mapping
+from llm_trainer.config._base import SECTIONS, check_type, hint, read_mapping, write_mapping
 from llm_trainer.config._data import DataConfig
 from llm_trainer.config._model import ModelConfig
 from llm_trainer.config._training import TrainingConfig
@@ -20,6 +20,9 @@ class RunConfig:
     """The model, the training and the data, as a file with those three sections describes them.
 
     There, the section `model` may begin with `preset: name`; its other fields then change that preset.
+
+    Raises:
+        ConfigurationError: A section is not of its type.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -28,6 +31,11 @@ class RunConfig:
     """Settings of the training."""
     data: DataConfig = field(default_factory=DataConfig)
     """Text and rows."""
+
+    def __post_init__(self) -> None:
+        check_type(self.model, ModelConfig, "model")
+        check_type(self.training, TrainingConfig, "training")
+        check_type(self.data, DataConfig, "data")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the sections as plain values."""
@@ -45,6 +53,7 @@ class RunConfig:
             ConfigurationError: A section or field is unknown (the nearest known one is named), or a value is
                 impossible.
         """
+        check_type(content, Mapping, "What RunConfig.from_dict takes", ConfigurationError)
         known = sorted(SECTIONS)
         sections: dict[str, dict[str, Any]] = {}
         for name, section in content.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llm_trainer.config._base import check_type
 from llm_trainer.config._model import ModelConfig
 
 # Weight and gradient, and AdamW's two moments, all in float32 (as they also are under autocast).
@@ -12,7 +13,11 @@ def calculate_parameters(config: ModelConfig) -> int:
     """Return the number of parameters of the model that `config` describes, tied ones counted once.
 
     It equals `TransformerLM(config).get_num_params()`.
+
+    Raises:
+        ModelConfigurationError: `config` is no `ModelConfig`.
     """
+    check_type(config, ModelConfig, "config")
     width, inner = config.d_model, config.d_ff
     bias = int(config.bias)
     qkv = width + 2 * config.kv_heads * config.d_head
@@ -32,5 +37,8 @@ def estimate_memory_usage(config: ModelConfig) -> float:
 
     16 bytes a parameter: weights (4), gradients (4) and the optimiser's state (8), in float32. This is exact
     for what it counts; the activations, which grow with the batch and the sequence, come on top.
+
+    Raises:
+        ModelConfigurationError: `config` is no `ModelConfig`.
     """
     return calculate_parameters(config) * _BYTES_PER_PARAMETER / 2**30
