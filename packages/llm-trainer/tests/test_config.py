@@ -239,6 +239,17 @@ def test_files_that_hold_something_else(tmp_path):
         ModelConfig.load(tmp_path / "config.toml")
 
 
+@pytest.mark.parametrize("kind", [ModelConfig, RunConfig])
+@pytest.mark.parametrize(
+    ("ending", "error"), [("json", FormatError), ("yaml", ConfigurationError), ("yml", ConfigurationError)]
+)
+def test_a_folder_is_no_configuration(tmp_path, kind, ending, error):
+    path = tmp_path / f"d.{ending}"
+    path.mkdir()
+    with pytest.raises(error, match=rf"d\.{ending} cannot be read: Is a directory"):
+        kind.load(path)
+
+
 def test_importing_the_package_loads_no_torch():
     code = (
         "import sys, llm_trainer, llm_trainer.config, llm_trainer.exceptions, llm_trainer.tokenizer;"

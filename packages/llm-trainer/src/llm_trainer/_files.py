@@ -78,12 +78,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read a file that must hold one JSON object.
 
     Raises:
-        FormatError: The file is missing or holds something else.
+        FormatError: The file is missing, cannot be read, or holds something else.
     """
     try:
         value: object = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise FormatError(
             f"{path} is not valid JSON: {error}. It may be damaged; restore or save it again."

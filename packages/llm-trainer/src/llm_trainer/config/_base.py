@@ -79,9 +79,9 @@ class Config(ABC):
         sections `model`, `training` and `data`.
 
         Raises:
-            ConfigurationError: The ending is none of the known ones, or the content is not a valid
-                configuration.
-            FormatError: The file is missing or is not JSON.
+            ConfigurationError: The ending is none of the known ones, a YAML file is missing or cannot be
+                read, or the content is not a valid configuration.
+            FormatError: A JSON file is missing, cannot be read, or is not JSON.
         """
         content = read_mapping(Path(path), cls.error)
         # A file of sections, as RunConfig has it, holds this configuration in one of them.
@@ -207,8 +207,9 @@ def read_mapping(path: Path, error: type[ConfigurationError]) -> dict[str, Any]:
     """Read a mapping in the format that the path's ending names.
 
     Raises:
-        ConfigurationError: The ending is none of the known ones, or the content is not a mapping.
-        FormatError: A JSON file is missing or is not JSON.
+        ConfigurationError: The ending is none of the known ones, a YAML file is missing or cannot be read, or
+            the content is not a mapping.
+        FormatError: A JSON file is missing, cannot be read, or is not JSON.
     """
     if _is_json(path, error):
         return read_json_object(path)
@@ -216,6 +217,8 @@ def read_mapping(path: Path, error: type[ConfigurationError]) -> dict[str, Any]:
         content: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path} does not exist.") from None
+    except OSError as failure:
+        raise error(f"{path} cannot be read: {failure.strerror}.") from failure
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as failure:
         # PyYAML lets through what Python says of an impossible date, number or depth.
         raise error(f"{path} is not valid YAML: {failure}") from failure

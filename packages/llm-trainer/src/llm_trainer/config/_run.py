@@ -83,7 +83,8 @@ class RunConfig:
         """Read a file of sections.
 
         Raises:
-            ConfigurationError: The ending or the content is not one of a configuration.
-            FormatError: A JSON file is missing or is not JSON.
+            ConfigurationError: The ending or the content is not one of a configuration, or a YAML file is
+                missing or cannot be read.
+            FormatError: A JSON file is missing, cannot be read, or is not JSON.
         """
         return cls.from_dict(read_mapping(Path(path), ConfigurationError))
