@@ -84,6 +84,19 @@ def test_tokens_take_two_bytes(tokenizer):
     assert LanguageModelingDataset(TEXTS, tokenizer)._data.tokens.dtype == np.uint16
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_length": "x"}, r"min_length is 'x'; it must be an integer of at least 0"),
+        ({"min_length": -1}, "min_length is -1"),
+        ({"pack_sequences": "best_fit"}, "pack_sequences is 'best_fit'"),
+    ],
+)
+def test_impossible_settings_are_refused(tokenizer, settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        LanguageModelingDataset(TEXTS, tokenizer, **settings)
+
+
 def test_rows_past_the_end_end_a_loop(tokenizer):
     dataset = LanguageModelingDataset(TEXTS, tokenizer, max_length=7)
     with pytest.raises(IndexError):

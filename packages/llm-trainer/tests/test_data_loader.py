@@ -108,8 +108,19 @@ def test_what_a_position_does_not_fit_is_refused():
     create_dataloader(Numbered(), batch_size=4).load_state_dict(state | {"batch": 0})
     with pytest.raises(DataError, match="no whole epoch"):
         loader.load_state_dict(state | {"batch": None})
-    with pytest.raises(ConfigurationError, match="batch_size is 0"):
-        create_dataloader(Numbered(), batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; it must be an integer of at least 1"),
+        ({"batch_size": "4"}, "batch_size is '4'"),
+        ({"num_workers": None}, "num_workers is None; it must be an integer of at least 0"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        create_dataloader(Numbered(), **settings)
 
 
 def test_without_shuffling_the_order_is_the_data_sets():

@@ -10,7 +10,7 @@ import huggingface_hub
 import pyarrow
 import pytest
 from llm_trainer.data import describe_source, read_dataset, read_texts
-from llm_trainer.exceptions import DataError
+from llm_trainer.exceptions import DataError, MissingPackageError
 from pyarrow import parquet
 
 ROWS = ["first", None, "zweite ü", "\U0001f600 third\nline", ""]
@@ -195,8 +195,9 @@ def test_missing_packages_are_said_with_the_remedy(tmp_path, monkeypatch):
     for name, source in (("pyarrow", str(path)), ("datasets", "some-data")):
         with monkeypatch.context() as without:
             without.setitem(sys.modules, name, None)
-            with pytest.raises(ImportError, match="pip install datasets pyarrow"):
+            with pytest.raises(MissingPackageError, match="pip install datasets pyarrow") as caught:
                 read_dataset(source)
+            assert isinstance(caught.value, ImportError)
 
 
 def test_descriptions_follow_content_and_names_but_not_place_and_time(tmp_path):

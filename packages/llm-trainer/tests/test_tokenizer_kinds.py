@@ -12,7 +12,12 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llm_trainer.exceptions import FormatError, TokenizerError, TokenizerNotTrainedException
+from llm_trainer.exceptions import (
+    FormatError,
+    MissingPackageError,
+    TokenizerError,
+    TokenizerNotTrainedException,
+)
 from llm_trainer.tokenizer import (
     BPETokenizer,
     CharTokenizer,
@@ -207,7 +212,7 @@ def test_the_most_frequent_characters_are_kept():
     assert tokenizer.encode("éż漢", add_special_tokens=False) == [256, 257, *"漢".encode()]
 
 
-def test_a_wrapped_tokenizer_without_bytes(tmp_path):
+def test_a_wrapped_tokenizer_without_bytes(tmp_path, monkeypatch):
     wrapped = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, "[UNK]"))
     wrapped.pre_tokenizer = pre_tokenizers.Whitespace()
     wrapped.enable_truncation(2)
@@ -224,6 +229,10 @@ def test_a_wrapped_tokenizer_without_bytes(tmp_path):
         tokenizer.train(["a"])
     with pytest.raises(TokenizerError, match="has been trained"):
         tokenizer.train_from_dataset("no/such/dataset", vocab_size=300)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "tokenizers", None)
+        with pytest.raises(MissingPackageError, match="pip install tokenizers"):
+            load_tokenizer(tmp_path)
     no_unknown = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, "[UNK]"))
     no_unknown.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(TokenizerError, match="cannot encode"):
@@ -306,6 +315,9 @@ def test_bad_input(any_kind):
 def test_bad_training_input(kind):
     for texts, size, message in (
         (["a"], 258, "at least 259"),
+        (["a"], "300", "vocab_size is '300'; it must be an integer"),
+        (["a"], None, "vocab_size is None"),
+        (["a"], 300.5, "vocab_size is 300.5"),
         ([], 300, "no text"),
         ("abc", 300, "one string"),
         ([b"abc"], 300, "must be strings, not bytes"),

@@ -7,6 +7,7 @@ __all__ = [
     "FormatError",
     "GenerationError",
     "LLMTrainerError",
+    "MissingPackageError",
     "ModelConfigurationError",
     "TokenizerError",
     "TokenizerNotTrainedException",
@@ -46,6 +47,10 @@ class FormatError(LLMTrainerError, ValueError):
 
 class CheckpointError(FormatError):
     """A checkpoint is missing, damaged, or of another model, data or optimizer."""
+
+
+class MissingPackageError(LLMTrainerError, ImportError):
+    """Something was asked for that takes a package which is not installed."""
 
 
 class TrainingError(LLMTrainerError, RuntimeError):

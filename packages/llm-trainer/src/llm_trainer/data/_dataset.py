@@ -65,10 +65,10 @@ class LanguageModelingDataset(Dataset[dict[str, Tensor]]):
 
         Raises:
             DataError: No document is long enough.
-            ConfigurationError: `max_length` is below 2, with which nothing is predicted, or `packing` is
-                unknown.
+            ConfigurationError: `max_length` is below 2, with which nothing is predicted, `min_length` below
+                0, or `packing` unknown; or something is of another type.
         """
-        _check(max_length, packing)
+        _check(max_length, pack_sequences, packing, min_length)
         data = tokenize(texts, tokenizer, min_length, os.cpu_count() or 1)
         self._set(data, max_length, pack_sequences, packing)
 
@@ -85,7 +85,7 @@ class LanguageModelingDataset(Dataset[dict[str, Tensor]]):
         Raises:
             ConfigurationError: As in the constructor.
         """
-        _check(max_length, packing)
+        _check(max_length, pack_sequences, packing)
         dataset = cls.__new__(cls)
         dataset._set(store, max_length, pack_sequences, packing)
         return dataset
@@ -178,6 +178,6 @@ class LanguageModelingDataset(Dataset[dict[str, Tensor]]):
         return len(np.unique(np.searchsorted(self._data.offsets, inside)))
 
 
-def _check(max_length: int, packing: str) -> None:
-    """Let the configuration, which says what is possible, look at the two."""
-    DataConfig(max_length=max_length, packing=packing).validate()
+def _check(max_length: int, pack_sequences: bool, packing: str, min_length: int = 0) -> None:
+    """Let the configuration, which says what is possible, look at them."""
+    DataConfig(max_length=max_length, pack_sequences=pack_sequences, packing=packing, min_length=min_length)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from llm_trainer._files import shown
-from llm_trainer.exceptions import DataError
+from llm_trainer.exceptions import DataError, MissingPackageError
 
 _ROWS_AT_A_TIME = 1024
 
@@ -33,7 +33,7 @@ def check_file(path: Path, text_column: str) -> None:
 
     Raises:
         DataError: It is a Parquet file without that column, or not one at all.
-        ImportError: It is a Parquet file, and pyarrow is not installed.
+        MissingPackageError: It is a Parquet file, and pyarrow is not installed.
     """
     if path.suffix == ".parquet":
         _open_parquet(path, text_column)
@@ -132,7 +132,7 @@ def _arrow() -> tuple[Any, Any]:
         import pyarrow  # pyright: ignore[reportMissingTypeStubs] - it ships none
         from pyarrow import parquet  # pyright: ignore[reportMissingTypeStubs]
     except ImportError as error:
-        raise ImportError("Parquet files need pyarrow: pip install datasets pyarrow") from error
+        raise MissingPackageError("Parquet files need pyarrow: pip install datasets pyarrow") from error
     return pyarrow, parquet
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_trainer.data._formats import checked_text
-from llm_trainer.exceptions import DataError
+from llm_trainer.exceptions import DataError, MissingPackageError
 
 _LOCAL_FORMS = (
     "Local forms need no network: a text, .jsonl, .jsonl.gz or .parquet file, a folder of them, a folder "
@@ -30,7 +30,7 @@ class HubSource:
 
         Raises:
             DataError: There is no such data set, configuration, split or column, or no network.
-            ImportError: `datasets` is not installed.
+            MissingPackageError: `datasets` is not installed.
         """
         self.name = name
         self._column = text_column
@@ -87,7 +87,7 @@ def _datasets() -> Any:
         # It starts threads of its own: not before it is needed.
         import datasets  # pyright: ignore[reportMissingTypeStubs] - it ships none
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"Hugging Face data sets need two packages: pip install datasets pyarrow. {_LOCAL_FORMS}"
         ) from error
     return datasets

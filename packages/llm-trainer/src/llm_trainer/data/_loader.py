@@ -22,6 +22,7 @@ from torch.utils.data import (
     default_collate,  # pyright: ignore[reportUnknownVariableType]
 )
 
+from llm_trainer._files import shown
 from llm_trainer.exceptions import ConfigurationError, DataError, TrainingError
 
 
@@ -49,10 +50,9 @@ def create_dataloader(
     Raises:
         ConfigurationError: `batch_size` or `num_workers` is impossible.
     """
-    if batch_size < 1 or num_workers < 0:
-        raise ConfigurationError(
-            f"batch_size is {batch_size} and num_workers {num_workers}; they must be at least 1 and 0."
-        )
+    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        if not isinstance(cast("object", value), int) or value < least:
+            raise ConfigurationError(f"{name} is {shown(value)}; it must be an integer of at least {least}.")
     if seed is None:
         seed = int(torch.empty((), dtype=torch.int64).random_().item())
     return PositionedLoader(

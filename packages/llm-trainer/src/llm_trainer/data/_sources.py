@@ -82,7 +82,8 @@ def read_dataset(
     Raises:
         DataError: The data set, split or column does not exist: at the call. A file or row is not text: when
             its turn comes, with its place.
-        ImportError: It takes a package that is not installed; the message says how to install it.
+        MissingPackageError: It takes a package that is not installed; the message says how to install it. It
+            is an `ImportError` too.
     """
     return find_dataset(name, config, split, text_column, patterns or FILE_PATTERNS).texts()
 
@@ -103,7 +104,7 @@ def describe_source(
 
     Raises:
         DataError: As `read_dataset` does.
-        ImportError: As `read_dataset` does.
+        MissingPackageError: As `read_dataset` does.
     """
     return find_dataset(name, config, split, text_column, patterns or FILE_PATTERNS).describe()
 

@@ -50,7 +50,7 @@ def load_splits(
     Raises:
         DataError: A file, folder, data set, split or column is missing, or holds no text: before any long
         work. FormatError: `config.tokenizer` is a folder without a tokenizer.
-        ImportError: The data set takes a package that is not installed.
+        MissingPackageError: The data set takes a package that is not installed.
         OSError: The folder cannot be written.
     """
     train_source, validation_source = _sources(config)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self, cast
 import numpy as np
 import numpy.typing as npt
 
+from llm_trainer._files import shown
 from llm_trainer.config._base import hint
 from llm_trainer.exceptions import TokenizerError, TokenizerNotTrainedException
 from llm_trainer.tokenizer._special import SpecialTokens
@@ -120,7 +121,7 @@ class Tokenizer(ABC):
         Raises:
             TokenizerError: An option is unknown.
             DataError: The dataset cannot be read.
-            ImportError: The dataset needs a package that is not installed.
+            MissingPackageError: The dataset needs a package that is not installed.
         """
         # The data room imports this one.
         from llm_trainer.data import read_dataset
@@ -252,8 +253,8 @@ def require_text(text: object) -> None:
 def check_vocab_size(vocab_size: int, special_tokens: Sequence[str]) -> None:
     """Refuse a vocabulary that cannot hold the bytes and the special tokens."""
     smallest = 256 + len(special_tokens)
-    if vocab_size < smallest:
+    if not isinstance(cast("object", vocab_size), int) or vocab_size < smallest:
         raise TokenizerError(
-            f"vocab_size is {vocab_size}; it must be at least {smallest}: "
+            f"vocab_size is {shown(vocab_size)}; it must be an integer of at least {smallest}: "
             f"256 bytes and {len(special_tokens)} special tokens."
         )

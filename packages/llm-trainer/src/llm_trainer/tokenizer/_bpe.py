@@ -53,8 +53,8 @@ class BPETokenizer(ByteTokenizer):
             show_progress: Show what has been read; by default where standard error is a terminal.
 
         Raises:
-            TokenizerError: `vocab_size` is below that of the bytes and the special tokens, there is no text,
-                or an item is not a string or holds a lone surrogate.
+            TokenizerError: `vocab_size` is no integer or too small for the bytes and the special tokens,
+                there is no text, or an item is not a string or holds a lone surrogate.
         """
         check_vocab_size(vocab_size, self._names)
         with reading_progress(show_progress) as report:

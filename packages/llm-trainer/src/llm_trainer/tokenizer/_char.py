@@ -42,8 +42,8 @@ class CharTokenizer(ByteTokenizer):
         """Learn the characters; if `vocab_size` is too small for all, the most frequent of them.
 
         Raises:
-            TokenizerError: `vocab_size` is below that of the bytes and the special tokens, there is no text,
-                or an item is not a string or holds a lone surrogate.
+            TokenizerError: `vocab_size` is no integer or too small for the bytes and the special tokens,
+                there is no text, or an item is not a string or holds a lone surrogate.
         """
         check_vocab_size(vocab_size, self._names)
         counts: Counter[str] = Counter()

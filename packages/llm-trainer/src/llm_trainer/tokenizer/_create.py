@@ -57,7 +57,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
     Raises:
         FormatError: A file is missing, damaged or newer than this release.
-        ImportError: The folder needs `tokenizers`, which is not installed.
+        MissingPackageError: The folder needs `tokenizers`, which is not installed.
     """
     files = find_files(directory)
     if files.kind is not None:

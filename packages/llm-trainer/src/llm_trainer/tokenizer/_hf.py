@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_trainer._files import json_sha256, shown, write_text
-from llm_trainer.exceptions import FormatError, TokenizerError
+from llm_trainer.exceptions import FormatError, MissingPackageError, TokenizerError
 from llm_trainer.tokenizer._base import Tokenizer, require_text
 from llm_trainer.tokenizer._byte_tokens import unspell
 from llm_trainer.tokenizer._hf_files import find_files, write_config
@@ -150,7 +150,7 @@ class HFTokenizer(Tokenizer):
 
         Raises:
             FormatError: A file is missing or damaged.
-            ImportError: `tokenizers` is not installed.
+            MissingPackageError: `tokenizers` is not installed.
         """
         library = _tokenizers()
         files = find_files(load_directory)
@@ -239,5 +239,5 @@ def _tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise ImportError("HFTokenizer needs another package: pip install tokenizers") from error
+        raise MissingPackageError("HFTokenizer needs another package: pip install tokenizers") from error
     return tokenizers
