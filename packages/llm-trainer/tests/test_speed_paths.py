@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llm_trainer.config import ModelConfig, TrainingConfig
-from llm_trainer.models import TransformerLM, _attention, _causal_attention, _fast_ops
+from llm_trainer.models import TransformerLM, _attention, _causal_attention, _onednn
 from llm_trainer.models._attention import allowed_pairs
 from llm_trainer.models._causal_attention import causal_attention, document_runs
+from llm_trainer.models._compile import compile_blocks_
 from llm_trainer.models._fast_ops import Linear
 from llm_trainer.models._flops import flops_per_token
 from llm_trainer.models._loss import linear_cross_entropy
@@ -236,26 +237,84 @@ def test_flops_are_those_of_the_products(tiny, changes):
     assert flops_per_token(config, 24) == pytest.approx(3 * (products / 24 + attention))
 
 
+@pytest.fixture
+def onednn(monkeypatch):
+    """As on a processor of AMD, and for few rows as well; returns how many products oneDNN made."""
+    calls = []
+    product = _onednn._onednn_linear
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return product(*arguments)
+
+    monkeypatch.setattr(_onednn, "PREFERS_ONEDNN", True)
+    monkeypatch.setattr(_onednn, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(_onednn, "_onednn_linear", counted)
+    return lambda: len(calls)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(3, 5, 8), (7, 8), (1, 1, 8)])
-def test_products_by_onednn_equal_torchs_own(bias, shape, monkeypatch):
-    monkeypatch.setattr(_fast_ops, "prefers_onednn", lambda: True)
+def test_products_by_onednn_equal_torchs_own(bias, shape, onednn):
     ours, theirs = Linear(8, 6, bias=bias), torch.nn.Linear(8, 6, bias=bias)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(shape)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     slope = torch.randn(*shape[:-1], 6)
-    found = ours(inputs[0])
-    assert type(found.grad_fn).__name__ == "_OneDnnLinearBackward"
     for layer, given in zip((ours, theirs), inputs, strict=True):
         layer(given).backward(slope)
-    torch.testing.assert_close(found, theirs(x))
+    assert onednn() == 3
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+    assert onednn() == 4
+    # A frozen layer hands a gradient on.
+    given = x.clone().requires_grad_()
+    ours.requires_grad_(False)(given).backward(slope)
+    torch.testing.assert_close(given.grad, inputs[1].grad)
+
+
+# torch's own access, when it traces a function that defines its own gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_large_product_of_a_model_is_made_by_onednn(build, compiled, monkeypatch, onednn):
+    model = build(n_layers=1, logit_softcap=5.0).train()
+    ids = torch.randint(0, 61, (2, 24))
+
+    def step():
+        model.zero_grad()
+        model(ids, labels=ids, return_logits=False).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    with monkeypatch.context() as here:
+        here.setattr(_onednn, "PREFERS_ONEDNN", False)
+        expected = step()
+        assert onednn() == 0
+    if compiled:
+        torch.compiler.reset()
+        compile_blocks_(model)
+    for found, before in zip(step(), expected, strict=True):
+        torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-6)
+    # Four in the block, and the vocabulary's: each forward, and backward to what comes in and to the weight.
+    assert onednn() == 15
+    with torch.no_grad():
+        model.eval()(ids)
+    assert onednn() == 20
+
+
+def test_few_rows_are_not_worth_what_onednn_prepares(monkeypatch, onednn):
+    monkeypatch.setattr(_onednn, "_FEWEST_ROWS", 64)
+    layer = Linear(8, 6)
+    for rows, products in ((1, 0), (63, 0), (64, 1)):
+        with torch.no_grad():
+            layer(torch.randn(rows, 8))
+        assert onednn() == products
 
 
 @pytest.mark.parametrize(("vendor", "expected"), [("AuthenticAMD", True), ("GenuineIntel", False)])
 def test_onednn_is_chosen_by_the_processor(vendor, expected, monkeypatch):
-    monkeypatch.setattr(_fast_ops.Path, "read_text", lambda *_, **__: f"vendor_id\t: {vendor}\n")
-    assert _fast_ops.prefers_onednn.__wrapped__() is expected
+    monkeypatch.setattr(_onednn.Path, "read_text", lambda *_, **__: f"vendor_id\t: {vendor}\n")
+    assert _onednn._prefers_onednn() is expected

@@ -6,15 +6,14 @@ torch's own, an RMS norm's backward takes 3 to 5 times as long. None of them can
 
 from __future__ import annotations
 
-import functools
-import platform
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from llm_trainer.models import _onednn
 
 # torch declares no types for these.
 _linalg = cast("Any", torch.linalg)
@@ -100,33 +99,16 @@ class _OneDnnLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return _onednn_product(x, weight, bias)
+        return _onednn.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = cast("tuple[Tensor, Tensor]", ctx.saved_tensors)
         rows_x, rows_grad = x.flatten(0, -2), grad.flatten(0, -2)
-        grad_x = _onednn_product(grad, weight.t().contiguous()) if ctx.needs_input_grad[0] else None
-        grad_weight = _onednn_product(rows_grad.t().contiguous(), rows_x.t().contiguous())
+        grad_x = _onednn.linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        grad_weight = _onednn.linear(rows_grad.t(), rows_x.t())
         return grad_x, grad_weight, rows_grad.sum(0) if ctx.has_bias else None
-
-
-def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return cast("Tensor", torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], ""))
-
-
-@functools.cache
-def prefers_onednn() -> bool:
-    """Whether float32 products are faster by oneDNN: on processors of AMD, where MKL runs at half its speed
-    or less.
-    """
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "AMD" in platform.processor()
 
 
 class Linear(nn.Linear):
@@ -137,15 +119,16 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in nn.Linear
         """Return x W' + b, in autocast's dtype under autocast."""
         trains = torch.is_grad_enabled() and self.weight.requires_grad
-        if input.device.type != "cpu" or not trains:
+        if torch.is_autocast_enabled(input.device.type):
+            if input.device.type != "cpu" or not trains:
+                return super().forward(input)
+            dtype = torch.get_autocast_dtype("cpu")
+            return cast("Tensor", _HalfLinear.apply(input, self.weight, self.bias, dtype))
+        if not _onednn.serves(input, self.weight):
             return super().forward(input)
-        if not torch.is_autocast_enabled("cpu"):
-            single = input.dtype == self.weight.dtype == torch.float32
-            if not torch.compiler.is_compiling() and single and prefers_onednn():
-                return cast("Tensor", _OneDnnLinear.apply(input, self.weight, self.bias))
-            return super().forward(input)
-        dtype = torch.get_autocast_dtype("cpu")
-        return cast("Tensor", _HalfLinear.apply(input, self.weight, self.bias, dtype))
+        if trains or (torch.is_grad_enabled() and input.requires_grad):
+            return cast("Tensor", _OneDnnLinear.apply(input, self.weight, self.bias))
+        return _onednn.linear(input, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):

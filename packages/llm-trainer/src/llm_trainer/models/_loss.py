@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llm_trainer.models._onednn import serves, times_transposed
+
 IGNORE_INDEX = -100
 # So many that adding to the weight's gradient, once a chunk, costs little beside the products.
 _CHUNK_LOGITS = 1 << 23
@@ -60,6 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients: bool,
     ) -> Tensor:
         x, weight = x_ND.to(dtype), weight_VD.to(dtype)
+        # Once, instead of for each chunk.
+        weight_DV = weight.T.contiguous() if serves(x, weight) else weight.T
         # needs_input_grad only tells of the inputs; whether gradients are wanted at all, the caller must.
         needs_x, needs_weight = (gradients and needed for needed in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if needs_x else None
@@ -75,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = max(1, _CACHED_LOGITS // weight.size(0)) if x.device.type == "cpu" else rows
         for start in range(0, x.size(0), rows):
             chunk = slice(start, min(start + rows, x.size(0)))
-            logits = x[chunk] @ weight.T
+            logits = times_transposed(x[chunk], weight)
             for first in range(start, chunk.stop, step):
                 part = slice(first, min(first + step, chunk.stop))
                 losses_N1[part] = _losses_and_slopes_(
@@ -85,9 +89,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     weights_N1[part] if needs_x or needs_weight else None,
                 )
             if grad_x is not None:
-                torch.mm(logits, weight, out=grad_x[chunk])
+                grad_x[chunk] = times_transposed(logits, weight_DV)
             if grad_weight is not None:
-                grad_weight += logits.T @ x[chunk]
+                grad_weight += times_transposed(logits.T, x[chunk].T)
         ctx.save_for_backward(grad_x, grad_weight, late)
         ctx.dtypes = x_ND.dtype, weight_VD.dtype
         # Not a product with the mask: what is left out may be infinite.

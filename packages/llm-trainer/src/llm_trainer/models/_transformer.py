@@ -20,6 +20,7 @@ from llm_trainer.models._blocks import Block, build_block, build_norm, initialis
 from llm_trainer.models._cache import KVCache
 from llm_trainer.models._causal_attention import document_runs, serves
 from llm_trainer.models._evaluation_mode import evaluation_mode
+from llm_trainer.models._fast_ops import Linear
 from llm_trainer.models._generation import GenerationSettings, generate_tokens
 from llm_trainer.models._hf_files import SavedTokenizer
 from llm_trainer.models._loss import linear_cross_entropy, next_token_targets, soft_cap
@@ -76,7 +77,7 @@ class TransformerLM(nn.Module):
                 self.rope = Rope(config.d_head, config.rope_theta)
         self.blocks = nn.ModuleList(build_block(config) for _ in range(config.n_layers))
         self.final_norm = build_norm(config) if config.pre_norm else None
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.run_block: Callable[..., Tensor] = Block.__call__
