@@ -1,5 +1,6 @@
 """Checkpoint folders: what is found of truncated, altered, missing and half-written ones."""
 
+import copy
 import errno
 import json
 import os
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from llm_trainer.exceptions import CheckpointError
-from llm_trainer.training import _checkpoint_folder
+from llm_trainer.exceptions import CheckpointError, TrainingError
+from llm_trainer.training import _checkpoint_folder, create_optimizer
 from llm_trainer.training._checkpoint_folder import (
     newest_checkpoint,
     remove_unfinished,
@@ -288,3 +289,116 @@ def test_a_loop_of_ones_own_is_saved_and_goes_on_alike(tmp_path):
         load_checkpoint(path, *resumed)
     with pytest.raises(CheckpointError, match=r"state\.safetensors has 0 bytes"):
         load_checkpoint(tmp_path, *resumed)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.table.weight
+        # The same memory under another shape.
+        self.register_buffer("flat", self.table.weight.detach()[:2].view(-1))
+
+    def forward(self, ids, labels):
+        return nn.functional.cross_entropy(self.head(self.table(ids)).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("kind", ["TransformerLM", "a module of one's own"])
+def test_tied_weights_are_saved_and_go_on_alike(tmp_path, build, kind):
+    ids = torch.randint(0, 7, (4, 12))
+
+    def make():
+        model = build() if kind == "TransformerLM" else Tied()
+        return model, create_optimizer(model, learning_rate=0.1)
+
+    def train(model, optimizer):
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = model(ids, labels=ids)
+            getattr(loss, "loss", loss).backward()
+            optimizer.step()
+
+    whole, resumed = make(), make()
+    assert whole[0].head.weight is (getattr(whole[0], "embedding", None) or whole[0].table).weight
+    train(*whole)
+    path = save_checkpoint(tmp_path, *whole, step=2)
+    train(*whole)
+    load_checkpoint(path, *resumed)
+    train(*resumed)
+    for name, tensor in whole[0].state_dict().items():
+        assert torch.equal(tensor, resumed[0].state_dict()[name]), name
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path, build):
+    def trained():
+        model = build()
+        optimizer = create_optimizer(model, "muon")
+        model(torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long)).loss.backward()
+        optimizer.step()
+        return model, optimizer
+
+    for number in (float("nan"), float("inf")):
+        model, optimizer = trained()
+        with torch.no_grad():
+            model.final_norm.weight[0] = number
+        with pytest.raises(TrainingError, match=r"final_norm\.weight is not finite after step 3"):
+            save_checkpoint(tmp_path, model, optimizer, step=3)
+        model, optimizer = trained()
+        optimizer.parts["adamw"].state[model.final_norm.weight]["exp_avg"][0] = number
+        with pytest.raises(TrainingError, match="exp_avg of the optimizer's parameter"):
+            save_checkpoint(tmp_path, model, optimizer)
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean[1] = float("nan")
+    with pytest.raises(TrainingError, match="running_mean"):
+        save_checkpoint(tmp_path, norm)
+    assert not list(tmp_path.iterdir())
+    # Infinity in a buffer is a mask's.
+    norm.running_mean[1] = -float("inf")
+    save_checkpoint(tmp_path, norm)
+
+
+def _wider(build):
+    return build(d_ff=64), "adamw"
+
+
+def _fewer_layers(build):
+    return build(n_layers=1), "adamw"
+
+
+def _another_optimizer(build):
+    return build(), "adam"
+
+
+def _other_groups(build):
+    # The first part fits, the second does not.
+    model = build()
+    model.final_norm.requires_grad_(False)
+    return model, "muon"
+
+
+@pytest.mark.parametrize("other", [_wider, _fewer_layers, _another_optimizer, _other_groups])
+def test_a_checkpoint_that_is_refused_changes_nothing(tmp_path, build, other):
+    def parts(model, kind):
+        optimizer = create_optimizer(model, kind)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        ids = torch.randint(0, 7, (2, 5))
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        scheduler.step()
+        return model, optimizer, scheduler
+
+    given = parts(*other(build))
+    saved = parts(build(), "muon" if other is _other_groups else "adamw")
+    path = save_checkpoint(tmp_path, *saved)
+    for part in given[1:]:
+        part.step()
+    before = copy.deepcopy([part.state_dict() for part in given])
+    random = torch.get_rng_state()
+    with pytest.raises(CheckpointError, match="another model or optimizer"):
+        load_checkpoint(path, *given)
+    torch.testing.assert_close([part.state_dict() for part in given], before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random)
+    scheduler = torch.optim.lr_scheduler.LinearLR(saved[1])
+    with pytest.raises(CheckpointError, match="its scheduler is ExponentialLR, the one given LinearLR"):
+        load_checkpoint(path, *saved[:2], scheduler)

@@ -7,15 +7,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from llm_trainer._files import shown
 from llm_trainer.config import ModelConfig
-from llm_trainer.exceptions import CheckpointError, TrainingError
+from llm_trainer.exceptions import CheckpointError
 from llm_trainer.models import TransformerLM
 from llm_trainer.models._model_files import check_tokenizer
 from llm_trainer.training._checkpoint_folder import newest_checkpoint, verify_checkpoint, write_checkpoint
-from llm_trainer.training._state import load_state, save_state
+from llm_trainer.training._state import load_state, require_finite, save_state
 
 if TYPE_CHECKING:
     from llm_trainer.training._loop import TrainingLoop
@@ -42,7 +40,7 @@ def save(trainer: Trainer, loop: TrainingLoop) -> Path:
         "resumed_after": trainer.resumed_after,
         **loop.state_dict(),
     }
-    _require_finite(trainer, loop)
+    require_finite(trainer.model, loop.optimizer, trainer.step)
 
     def write(folder: Path) -> None:
         trainer.save_model(folder)
@@ -112,17 +110,3 @@ def differences(found: ModelConfig, expected: ModelConfig, ignored: set[str] | N
         for field in dataclasses.fields(found)
         if field.name not in ignored and getattr(found, field.name) != getattr(expected, field.name)
     )
-
-
-def _require_finite(trainer: Trainer, loop: TrainingLoop) -> None:
-    tensors: dict[str, torch.Tensor] = dict(trainer.model.named_parameters())
-    for number, state in enumerate(loop.optimizer_states()):
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{name} of the optimizer's parameter {number}"] = value
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise TrainingError(
-                f"{name} is not finite after step {trainer.step}, so no checkpoint is made of it; the ones "
-                f"that are there are not concerned. Resume from one with a lower learning rate."
-            )

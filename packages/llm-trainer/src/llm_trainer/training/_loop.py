@@ -120,11 +120,6 @@ class TrainingLoop:
             updates=self.counts.updates,
         )
 
-    def optimizer_states(self) -> Iterator[dict[str, Any]]:
-        """Yield the optimizer's state of each parameter."""
-        for part in getattr(self.optimizer, "parts", {"": self.optimizer}).values():
-            yield from part.state.values()
-
     def state_dict(self) -> dict[str, Any]:
         """Return all that the rest of the run depends on, but for the weights."""
         trainer = self.trainer

@@ -11,10 +11,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from llm_trainer._tensor_files import save_tensors
-from llm_trainer.exceptions import CheckpointError
+from llm_trainer.exceptions import CheckpointError, TrainingError
 
 _KEY = "state"
 
@@ -23,20 +24,21 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write nested dictionaries, lists and tuples of tensors and plain values as one safetensors file.
 
     The tensors are its body; the rest, with the tensors' names in their places, is JSON in its metadata.
-    Numbers come back to the bit.
+    Numbers come back to the bit. A tensor that is there under several names, as tied weights are, is written
+    once.
 
     Raises:
         OSError: The file cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
-    layout = json.dumps(_take_out(state, tensors))
+    stored = _Stored()
+    layout = json.dumps(_take_out(state, stored))
     # A file without a tensor is not one.
-    tensors.setdefault("", torch.zeros(0))
-    save_tensors(path, tensors, {_KEY: layout})
+    stored.tensors.setdefault("", torch.zeros(0))
+    save_tensors(path, stored.tensors, {_KEY: layout})
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote.
+def load_state(path: Path, *, with_tensors: bool = True) -> dict[str, Any]:
+    """Read what `save_state` wrote; without its tensors, each of which is then None, it is little to read.
 
     Raises:
         CheckpointError: The file is missing or something else.
@@ -44,25 +46,44 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         with cast("Any", safe_open)(path, framework="pt") as file:
             layout = json.loads(file.metadata()[_KEY])
-            return cast("dict[str, Any]", _put_back(layout, file))
+            return cast("dict[str, Any]", _put_back(layout, file if with_tensors else None))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} does not hold the state of a run: {error!r}.") from error
 
 
-def _take_out(value: Any, tensors: dict[str, Tensor]) -> Any:
+class _Stored:
+    """Tensors of a file, of which no two may share memory."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[tuple[object, ...], str] = {}
+        self._memory: set[int] = set()
+
+    def add(self, tensor: Tensor) -> str:
+        """Return the tensor's name, which is that of an equal view of the same memory if there was one."""
+        memory = tensor.untyped_storage().data_ptr()
+        # Values that have no memory, such as empty ones, are told apart by themselves.
+        view = (tensor.device, memory or id(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+        name = self._names.setdefault((*view, tensor.dtype), str(len(self.tensors)))
+        if name not in self.tensors:
+            copied = tensor.detach().to("cpu").contiguous()
+            self.tensors[name] = copied.clone() if memory in self._memory else copied
+            self._memory.add(memory)
+        return name
+
+
+def _take_out(value: Any, stored: _Stored) -> Any:
     if isinstance(value, Tensor):
-        name = str(len(tensors))
-        tensors[name] = value.detach().to("cpu").contiguous()
-        return {"tensor": name}
+        return {"tensor": stored.add(value)}
     if isinstance(value, Mapping):
         items = cast("Mapping[Any, Any]", value).items()
         # Keys may be numbers, which JSON's are not.
-        return {"dict": [[key, _take_out(item, tensors)] for key, item in items]}
+        return {"dict": [[key, _take_out(item, stored)] for key, item in items]}
     if isinstance(value, list | tuple):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_take_out(item, tensors) for item in cast("Sequence[Any]", value)]}
+        return {kind: [_take_out(item, stored) for item in cast("Sequence[Any]", value)]}
     return value
 
 
@@ -72,7 +93,7 @@ def _put_back(layout: Any, file: Any) -> Any:
     ((kind, content),) = cast("dict[str, Any]", layout).items()
     match kind:
         case "tensor":
-            return file.get_tensor(content)
+            return None if file is None else file.get_tensor(content)
         case "dict":
             return {key: _put_back(item, file) for key, item in content}
         case "list":
@@ -81,6 +102,28 @@ def _put_back(layout: Any, file: Any) -> Any:
             return tuple(_put_back(item, file) for item in content)
         case _:
             raise ValueError(f"unknown kind {kind!r}")
+
+
+def require_finite(model: nn.Module, optimizer: Optimizer | None, step: int) -> None:
+    """Refuse to save a model or optimizer that a number has spoiled.
+
+    Raises:
+        TrainingError: A weight or the optimizer's state is not finite, or a buffer holds a NaN: infinity has
+            its place in masks.
+    """
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    parts: Mapping[str, Optimizer] = {} if optimizer is None else getattr(optimizer, "parts", {"": optimizer})
+    for number, state in enumerate(state for part in parts.values() for state in part.state.values()):
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{name} of the optimizer's parameter {number}"] = value
+    spoiled = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    spoiled += [name for name, buffer in model.named_buffers() if buffer.isnan().any()]
+    if spoiled:
+        raise TrainingError(
+            f"{spoiled[0]} is not finite after step {step}, so no checkpoint is made of it; the ones that "
+            f"are there are not concerned. Resume from one with a lower learning rate."
+        )
 
 
 def random_state() -> dict[str, Any]:

@@ -19,7 +19,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from llm_trainer.exceptions import CheckpointError, ConfigurationError
 from llm_trainer.training._checkpoint_folder import newest_checkpoint, verify_checkpoint, write_checkpoint
-from llm_trainer.training._state import load_state, random_state, restore_random_state, save_state
+from llm_trainer.training._state import (
+    load_state,
+    random_state,
+    require_finite,
+    restore_random_state,
+    save_state,
+)
 
 __all__ = [
     "choose_device",
@@ -128,12 +134,16 @@ def save_checkpoint(
         The checkpoint's folder.
 
     Raises:
+        TrainingError: A weight or the optimizer's state is not finite; nothing is written.
         OSError: It cannot be written; what was there before still is.
+        CheckpointError: What was read back is not what was written; what was there before still is.
     """
+    require_finite(model, optimizer, step)
     state = {
         "model": model.state_dict(),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "kinds": {"optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__},
         "random": random_state(),
         "extra": dict(extra or {}),
     }
@@ -148,7 +158,7 @@ def load_checkpoint(
     optimizer: Optimizer | None = None,
     scheduler: LRScheduler | None = None,
 ) -> dict[str, Any]:
-    """Go back to what `save_checkpoint` wrote.
+    """Go back to what `save_checkpoint` wrote; what is refused changes nothing.
 
     Args:
         path: A checkpoint's folder, or a folder of them, of which the newest whole one is taken.
@@ -160,7 +170,7 @@ def load_checkpoint(
         `step`, `path` and `extra`.
 
     Raises:
-        CheckpointError: There is no whole checkpoint, or it is of another model or optimizer.
+        CheckpointError: There is no whole checkpoint, or it is of another model, optimizer or scheduler.
     """
     folder = Path(path)
     if (folder / "manifest.json").exists() or folder.name.startswith("checkpoint-"):
@@ -172,12 +182,32 @@ def load_checkpoint(
             raise CheckpointError(f"There is no whole checkpoint in {folder}.{reasons}")
         found = newest
     state = load_state(found.path / _STATE_FILE)
+    given = {"optimizer": optimizer, "scheduler": scheduler}
+    owners = {name: owner for name, owner in given.items() if owner is not None and state[name] is not None}
+    changed: list[tuple[Optimizer | LRScheduler, dict[str, Any]]] = []
     try:
+        _require_same_tensors(state["model"], model.state_dict())
+        for name, owner in owners.items():
+            kind, wanted = state["kinds"][name], type(owner).__name__
+            if kind != wanted:
+                raise ValueError(f"its {name} is {kind}, the one given {wanted}")
+        for name, owner in owners.items():
+            changed.append((owner, owner.state_dict()))
+            owner.load_state_dict(state[name])
+        # Last, for it could not be undone without a copy.
         model.load_state_dict(state["model"])
-        for name, owner in (("optimizer", optimizer), ("scheduler", scheduler)):
-            if owner is not None and state[name] is not None:
-                owner.load_state_dict(state[name])
     except (KeyError, ValueError, RuntimeError) as error:
+        for owner, before in changed:
+            owner.load_state_dict(before)
         raise CheckpointError(f"{found.path} is of another model or optimizer: {error}") from error
     restore_random_state(state["random"])
     return {"step": found.step, "path": found.path, "extra": state["extra"]}
+
+
+def _require_same_tensors(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for name in sorted(found.keys() ^ expected.keys()):
+        raise ValueError(f"{name!r} is only in the {'checkpoint' if name in found else 'model given'}")
+    for name, value in expected.items():
+        shape, wanted = (tuple(getattr(side, "shape", ())) for side in (found[name], value))
+        if shape != wanted:
+            raise ValueError(f"{name!r} has shape {shape} in the checkpoint and {wanted} in the model given")
