@@ -1,7 +1,11 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from llm_trainer.data import LanguageModelingDataset, create_dataloader, read_texts
+from llm_trainer.data import _formats as formats
 from llm_trainer.exceptions import ConfigurationError, DataError
 from torch.utils.data import DataLoader
 
@@ -177,3 +181,75 @@ def test_what_cannot_be_read_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):
             list(read_texts(path))
+
+
+LINES = "def größe(n):\n    return n\n\n\n" * 40
+
+
+@pytest.mark.parametrize(
+    ("text", "starts"),
+    [
+        (LINES, "def"),
+        # No line that begins without a blank, or no line at all: cut between characters.
+        (" ü\n" * 300, " ü\n"),
+        ("\U0001f600" * 300, "\U0001f600"),
+        ("x" * 1000, "x"),
+    ],
+)
+def test_a_large_file_is_several_documents(tmp_path, monkeypatch, text, starts):
+    path = tmp_path / "a.txt"
+    path.write_text(text, encoding="utf-8-sig")
+    size = path.stat().st_size
+    monkeypatch.setattr(formats, "TEXT_BYTES", size)
+    assert list(read_texts(path)) == [text]
+    for most in (size - 1, 101, 102, 103):
+        monkeypatch.setattr(formats, "TEXT_BYTES", most)
+        found = list(formats.read_text(path))
+        assert "".join(found) == text
+        assert len(found) > 1
+        assert all(len(piece.encode()) <= most for piece in found)
+        assert all(piece[0] in starts for piece in found)
+        if text is LINES:
+            assert all(piece.startswith("def") for piece in found)
+
+
+def test_what_is_not_text_in_a_large_file_has_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "TEXT_BYTES", 50)
+    path = tmp_path / "a.txt"
+    good = ("ü" * 9 + "\n").encode() * 20
+    for place in (0, 50, 99, 205, 380):
+        for bad, message in (
+            (b"\xff", rf"not UTF-8 text \(byte {place}\)"),
+            (b"\0", f"zero byte at {place}"),
+        ):
+            at = place - (place % 19) % 2
+            path.write_bytes(good[:at] + b"x" * (place - at) + bad + good[at:])
+            with pytest.raises(DataError, match=rf"a\.txt is .*{message}"):
+                list(read_texts(path))
+    path.write_bytes(good + b"\xc3")
+    with pytest.raises(DataError, match=r"not UTF-8 text \(byte 380\)"):
+        list(read_texts(path))
+
+
+PEAK = """
+import resource, sys
+from llm_trainer.data import describe_source, read_dataset
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak_mib()
+size = sum(len(text) for text in read_dataset(sys.argv[1]))
+describe_source(sys.argv[1])
+print(size >> 20, peak_mib() - before)
+"""
+
+
+def test_a_file_is_never_in_memory_as_a_whole(tmp_path):
+    path = tmp_path / "large.txt"
+    with path.open("wb") as file:
+        for _ in range(160):
+            file.write(b"some words of text\n" * (2**20 // 19) + b"\n" * (2**20 % 19))
+    done = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    size_mib, grown_mib = map(float, done.stdout.split())
+    assert size_mib == 160
+    assert grown_mib < 120

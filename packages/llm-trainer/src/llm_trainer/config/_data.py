@@ -35,7 +35,8 @@ class DataConfig(Config):
     text_column: str = "text"
     """Column, or key of a JSON line, that holds the text."""
     train_file: str | None = None
-    """File or folder to train on, instead of the data set."""
+    """File or folder to train on, instead of the data set. A text file of more than 16 MiB is cut into
+    documents of at most that, between lines."""
     validation_file: str | None = None
     """File or folder to evaluate on, instead of the validation split."""
     file_patterns: tuple[str, ...] = FILE_PATTERNS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import zlib
@@ -12,11 +13,13 @@ from typing import Any, cast
 from llm_trainer._files import shown
 from llm_trainer.exceptions import DataError, MissingPackageError
 
+TEXT_BYTES = 1 << 24
+"""Largest text file that is one document; a larger one is never in memory as a whole."""
 _ROWS_AT_A_TIME = 1024
 
 
 def read_file(path: Path, text_column: str) -> Iterator[str]:
-    """Yield a file's documents: the rows of `.jsonl`, `.jsonl.gz` and `.parquet`, else its whole text.
+    """Yield a file's documents: the rows of `.jsonl`, `.jsonl.gz` and `.parquet`, else its text.
 
     Raises:
         DataError: The file cannot be read, or holds something else than text.
@@ -25,7 +28,7 @@ def read_file(path: Path, text_column: str) -> Iterator[str]:
         return _read_json_lines(path, text_column)
     if path.suffix == ".parquet":
         return _read_parquet(path, text_column)
-    return iter([read_text(path)])
+    return read_text(path)
 
 
 def check_file(path: Path, text_column: str) -> None:
@@ -39,23 +42,52 @@ def check_file(path: Path, text_column: str) -> None:
         _open_parquet(path, text_column)
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file.
+def read_text(path: Path) -> Iterator[str]:
+    """Yield the text of a UTF-8 file: as one document, or as one for every `TEXT_BYTES` of a larger file.
+
+    Such a file is cut where a line begins that does not begin with a blank, so that no indented block loses
+    its head; between two characters where there is no such line in the second half of a piece.
 
     Raises:
         DataError: It cannot be read or is not text.
     """
+    start, rest = 0, b""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out with patterns."
-        ) from None
+        with path.open("rb") as file:
+            while True:
+                # One byte more than a piece may have says whether this is the last.
+                data = rest + file.read(TEXT_BYTES + 1 - len(rest))
+                is_last = len(data) <= TEXT_BYTES
+                text, used = _decode(data if is_last else data[: _cut(data)], is_last, path, start)
+                yield text if start else text.removeprefix("\ufeff")
+                if is_last:
+                    return
+                start, rest = start + used, data[used:]
     except OSError as error:
         raise _unreadable(path, error) from error
-    if "\0" in text:
-        raise DataError(f"{path} is not text: it holds a zero byte at {text.index(chr(0))}.")
-    return text
+
+
+def _cut(data: bytes) -> int:
+    end = len(data) - 1
+    while (newline := data.rfind(b"\n", len(data) // 2, end)) >= 0:
+        if not data[newline + 1 : newline + 2].isspace():
+            return newline + 1
+        end = newline
+    return len(data) - 1
+
+
+def _decode(data: bytes, is_last: bool, path: Path, start: int) -> tuple[str, int]:
+    """Return the text and how many bytes it took: all but those of a last character that goes on."""
+    try:
+        text, used = codecs.utf_8_decode(data, "strict", is_last)
+    except UnicodeDecodeError as error:
+        place = start + error.start
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {place}); convert it, or leave it out with patterns."
+        ) from None
+    if b"\0" in data:
+        raise DataError(f"{path} is not text: it holds a zero byte at {start + data.index(0)}.")
+    return text, used
 
 
 def _read_json_lines(path: Path, text_column: str) -> Iterator[str]:

@@ -40,8 +40,9 @@ def read_texts(path: str | Path, patterns: Sequence[str] = ("*.txt",)) -> Iterat
     """Yield the documents of a file, or of the files in a folder, one at a time, in order of their paths.
 
     Args:
-        path: A file, or a folder, searched at any depth. A file is one document of UTF-8 text, but each line
-            of `.jsonl` and `.jsonl.gz` and each row of `.parquet` is one (in the key or column `text`).
+        path: A file, or a folder, searched at any depth. A file is one document of UTF-8 text (a large one
+            several, as `read_dataset` says), but each line of `.jsonl` and `.jsonl.gz` and each row of
+            `.parquet` is one (in the key or column `text`).
         patterns: Names of the files wanted from a folder; files that are empty or only white space are left
             out there. A pattern cannot lead out of the folder. Links to files are followed, to folders not.
 
@@ -65,7 +66,10 @@ def read_dataset(
     Args:
         name: One of:
 
-            - a file: one document of UTF-8 text, or `.jsonl`, `.jsonl.gz` or `.parquet` with one in each row;
+            - a file: one document of UTF-8 text, or `.jsonl`, `.jsonl.gz` or `.parquet` with one in each row.
+              Text of more than 16 MiB is never in memory as a whole: it is cut into documents of at most
+              that, each but the first beginning with a line that does not begin with a blank (or, where no
+              such line is near, anywhere between two characters);
             - a folder of such files, searched at any depth. Its splits are the subfolders, or the files,
               whose names begin with `train`, `validation` and so on; without any, all is `train`;
             - a folder written by `save_to_disk` of a `datasets.Dataset` or `DatasetDict`;
@@ -243,7 +247,8 @@ def _is_held_out(name: PurePath) -> bool:
 def _is_text(path: Path) -> bool:
     """Say whether a source is UTF-8: a few say at their top that they are not."""
     try:
-        read_text(path)
+        for _ in read_text(path):
+            pass
     except DataError:
         return False
     return True
