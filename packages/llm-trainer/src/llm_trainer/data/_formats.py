@@ -15,7 +15,9 @@ from llm_trainer.exceptions import DataError, MissingPackageError
 
 TEXT_BYTES = 1 << 24
 """Largest text file that is one document; a larger one is never in memory as a whole."""
-_ROWS_AT_A_TIME = 1024
+# Rows can be long texts.
+_ROWS_AT_A_TIME = 128
+_BUFFER_BYTES = 1 << 20
 
 
 def read_file(path: Path, text_column: str) -> Iterator[str]:
@@ -149,7 +151,8 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
 def _open_parquet(path: Path, text_column: str) -> Any:
     arrow, parquet = _arrow()
     try:
-        file = parquet.ParquetFile(path)
+        # By default it would read ahead until it holds the whole file.
+        file = parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     except (arrow.ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
     columns: list[str] = file.schema_arrow.names
