@@ -4,10 +4,10 @@ import logging
 
 import pytest
 import torch
-from llm_trainer.config import DataConfig
+from llm_trainer.config import DataConfig, ModelConfig
 from llm_trainer.data import TokenStore, load_splits
 from llm_trainer.data._sources import FileSource
-from llm_trainer.exceptions import DataError, FormatError
+from llm_trainer.exceptions import ConfigurationError, DataError, FormatError
 from llm_trainer.tokenizer import BPETokenizer, CharTokenizer
 
 
@@ -78,7 +78,13 @@ def test_what_is_ready_is_used_without_reading_the_text(config, tmp_path, monkey
         first = load_splits(config)
     assert caplog.text.count("Preparing") == 3
     before = contents(tmp_path / "cache")
-    monkeypatch.setattr(FileSource, "texts", lambda self: pytest.fail("the text was read"))
+    texts = FileSource.texts
+
+    def first_document(source):
+        yield next(texts(source))
+        pytest.fail("the text was read")
+
+    monkeypatch.setattr(FileSource, "texts", first_document)
     caplog.clear()
     with caplog.at_level(logging.INFO):
         # These belong to the rows, not to the tokens.
@@ -171,6 +177,29 @@ def test_bad_input_is_found_before_any_work(config, tmp_path, changes, message):
         load_splits(dataclasses.replace(config, **changes))
     cache = tmp_path / "cache"
     assert not cache.exists() or list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "held_out.jsonl is empty"),
+        ('{"text": " "}\n', "is empty"),
+        ('{"txt": "a"}\n', "line 1 has no key"),
+    ],
+)
+def test_bad_held_out_text_is_found_before_any_work(config, tmp_path, monkeypatch, content, message, cached):
+    (tmp_path / "held_out.jsonl").write_text(content)
+    monkeypatch.setattr(BPETokenizer, "train", lambda *_: pytest.fail("a tokenizer is trained"))
+    with pytest.raises(DataError, match=message):
+        load_splits(config if cached else dataclasses.replace(config, cache_dir=None))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"train_file": "a.txt"}, ModelConfig(), None])
+def test_what_is_no_configuration_is_refused(wrong):
+    with pytest.raises(ConfigurationError, match="config must be a DataConfig, but is of type"):
+        load_splits(wrong)
 
 
 def test_text_that_changes_while_it_is_read_is_not_taken(config, tmp_path, tokenizer):

@@ -19,10 +19,9 @@ from llm_trainer.cli._generate import Sampling, continue_ids
 from llm_trainer.cli._models import load_model, pick_device
 from llm_trainer.cli._settings import check_length
 from llm_trainer.cli._table import duration, finite, print_table
-from llm_trainer.cli._text import check_text
 from llm_trainer.config import DataConfig
 from llm_trainer.data import LanguageModelingDataset, create_dataloader, load_splits
-from llm_trainer.data._splits import held_out, training_source
+from llm_trainer.data._splits import checked_sources, held_out, training_source
 from llm_trainer.exceptions import ConfigurationError, DataError
 from llm_trainer.models import TransformerLM
 from llm_trainer.tokenizer import Tokenizer
@@ -68,7 +67,7 @@ def evaluate_model(
     data = held_out(text[0])
     if data is None:
         raise ConfigurationError("The data names no text to evaluate on; set validation_file.")
-    check_text(data)
+    checked_sources(data)
     place = pick_device(device)
     model, tokenizer = load_model(model_path, place)
     if not text[1]:

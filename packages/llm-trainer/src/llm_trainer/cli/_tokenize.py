@@ -11,7 +11,6 @@ import typer
 
 from llm_trainer.cli._settings import TRAINED_KINDS, read_data
 from llm_trainer.cli._table import print_table
-from llm_trainer.cli._text import check_text
 from llm_trainer.config import DataConfig
 from llm_trainer.data import load_splits
 from llm_trainer.data._splits import training_source
@@ -94,7 +93,6 @@ def prepare_data(config: Path, output_dir: Path, *, tokenizer: Path | None, log_
     setup_logging(log_level)
     data, _ = read_data(config)
     data = dataclasses.replace(data, cache_dir=str(output_dir))
-    check_text(data)
     splits = load_splits(data, None if tokenizer is None else _load(tokenizer))
     for name, rows in (("train", splits.train), ("validation", splits.validation)):
         if rows is not None:

@@ -18,10 +18,10 @@ from torch import Tensor
 from llm_trainer.cli._models import available_bytes, pick_device
 from llm_trainer.cli._settings import save_run
 from llm_trainer.cli._table import duration, print_table
-from llm_trainer.cli._text import check_text
 from llm_trainer.cli._tokenizers import tokenizer_of
 from llm_trainer.config import ModelConfig, RunConfig, calculate_parameters, estimate_memory_usage
 from llm_trainer.data import LanguageModelingDataset, create_dataloader, load_splits
+from llm_trainer.data._splits import checked_sources
 from llm_trainer.exceptions import ConfigurationError
 from llm_trainer.models import TransformerLM
 from llm_trainer.models._model_files import read_model
@@ -55,7 +55,7 @@ def train_run(
     checkpoint = _checkpoint_to_resume(run)
     if checkpoint is not None and force_tokenizer:
         _logger.warning("The tokenizer is not trained again: a resumed run keeps the one in its checkpoint.")
-    check_text(run.data)
+    checked_sources(run.data)
     _check_memory(run.model, place)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llm_trainer._files import json_sha256, read_json_object, write_json
 from llm_trainer.config import DataConfig
+from llm_trainer.config._base import check_type
 from llm_trainer.data._dataset import LanguageModelingDataset
 from llm_trainer.data._folder import make_folder
 from llm_trainer.data._sources import Source, find_dataset, find_files
@@ -48,12 +49,15 @@ def load_splits(
         cache_dir: Folder of the files where `config.cache_dir` is None; if both are, all is held in memory.
 
     Raises:
-        DataError: A file, folder, data set, split or column is missing, or holds no text: before any long
-        work. FormatError: `config.tokenizer` is a folder without a tokenizer.
+        ConfigurationError: `config` is no `DataConfig`.
+        DataError: A file, folder, data set, split or column is missing, or its first document is not text:
+            before any work; what is found further on, when its turn comes.
+        FormatError: `config.tokenizer` is a folder without a tokenizer.
         MissingPackageError: The data set takes a package that is not installed.
         OSError: The folder cannot be written.
     """
-    train_source, validation_source = _sources(config)
+    check_type(config, DataConfig, "config")
+    train_source, validation_source = checked_sources(config)
     chosen = config.cache_dir if config.cache_dir is not None else cache_dir
     cache = None if chosen is None else Path(chosen)
     if tokenizer is None and config.tokenizer not in _TRAINED_KINDS:
@@ -104,9 +108,18 @@ def held_out(data: DataConfig) -> DataConfig | None:
     return None
 
 
-def _sources(config: DataConfig) -> tuple[Source, Source | None]:
-    validation = held_out(config)
-    return training_source(config), None if validation is None else training_source(validation)
+def checked_sources(data: DataConfig) -> tuple[Source, Source | None]:
+    """Find the text to train and to evaluate on, and read the first document of each.
+
+    Raises:
+        DataError: One does not exist, is not text, or is empty.
+    """
+    validation = held_out(data)
+    sources = training_source(data), None if validation is None else training_source(validation)
+    for source in sources:
+        if source is not None and not any(text.strip() for text in source.texts()):
+            raise DataError(f"{source.name} is empty; there is nothing to read.")
+    return sources
 
 
 class _Text:
