@@ -419,6 +419,45 @@ def test_a_wrong_setting(room: Path, run: Run, tmp_path: Path, setting: str, rem
     assert not (tmp_path / "out" / "tokenizer").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        (["training.report_to=[wandb]"], "pip install wandb"),
+        (["training.early_stopping_patience=2", "training.eval_strategy=no"], 'eval_strategy is "no"'),
+        (["training.eval_strategy=epoch", "data.validation_file=null"], "nothing to evaluate on"),
+    ],
+    ids=["wandb", "patience", "epoch"],
+)
+def test_what_the_trainer_would_refuse_is_refused_before_the_tokenizer(
+    room: Path,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: list[str],
+    remedy: str,
+    more: list[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    arguments = ("train", "--config", room / "run.yaml", "--output-dir", tmp_path / "out", *more)
+    _refused(run(*arguments, "--set", *settings), 2, remedy)
+    assert not (tmp_path / "out").exists()
+
+
+# What the compiler's imports say in torch 2.11.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+def test_a_missing_compiler_is_found_before_the_tokenizer(
+    room: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-compiler")))
+    arguments = ("train", "--config", room / "run.yaml", "--output-dir", tmp_path / "out", "--set")
+    _refused(run(*arguments, "training.compile_model=true"), 1, "apt install g++")
+    assert not (tmp_path / "out").exists()
+
+
 def _refused(result: tuple[int, str, str], code: int, remedy: str) -> None:
     found, shown, errors = result
     assert (found, shown) == (code, ""), errors
@@ -460,6 +499,12 @@ WRONG: dict[str, tuple[str, int, str]] = {
         "--resume-from-checkpoint {room}/out/checkpoints/checkpoint-5",
         2,
         "d_ff is 48, the model's 64",
+    ),
+    "a checkpoint of another optimizer": (
+        "train --config {room}/run.yaml --output-dir {tmp}/o --set training.optimizer=muon "
+        "--resume-from-checkpoint {room}/out/checkpoints/checkpoint-5",
+        2,
+        "made with optimizer='adamw', and TrainingConfig has 'muon'",
     ),
     "a model that fits nowhere": (
         "train --config {room}/run.yaml --output-dir {tmp}/o --set model.d_model=65536 model.n_layers=1000",

@@ -1,5 +1,6 @@
 """A run that was ended somewhere and resumed is, to the bit, the run that was not."""
 
+import contextlib
 import errno
 import importlib.metadata
 import json
@@ -12,18 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from llm_trainer.config import ModelConfig, TrainingConfig
+from llm_trainer.config import DataConfig, ModelConfig, TrainingConfig
 from llm_trainer.data import LanguageModelingDataset
 from llm_trainer.exceptions import (
     CheckpointError,
     ConfigurationError,
     DataError,
+    FormatError,
     ModelConfigurationError,
     TrainingError,
 )
 from llm_trainer.models import TransformerLM
 from llm_trainer.models._blocks import Block
+from llm_trainer.tokenizer import BPETokenizer
 from llm_trainer.training import Callback, Trainer, _checkpoint_folder, _trainer
+from llm_trainer.training._lock import locked
 from torch.utils.data import Dataset, IterableDataset
 
 STEPS = 14
@@ -214,6 +218,44 @@ def test_a_signal_anywhere_saves_at_once(make, rows, tokenizer, corpus, moment, 
     logs = [(trainer.run_folder / "metrics.csv").read_text().splitlines() for trainer in (whole, resumed)]
     steps = [[line.split(",")[0] for line in log] for log in logs]
     assert steps[0] == steps[1]
+
+
+class Within(Callback):
+    """Sends SIGTERM in the midst of the seventh step."""
+
+    def __init__(self, moment):
+        self.moment = moment
+        self.sent = False
+
+    def on_train_begin(self, trainer):
+        def send(*_):
+            if trainer.step == 6 and trainer.model.training and not self.sent:
+                self.sent = True
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        match self.moment:
+            case "forward":
+                trainer.model.blocks[0].register_forward_hook(send)
+            case "backward":
+                trainer.model.blocks[1].attention.register_full_backward_hook(send)
+            case "optimizer.step":
+                # When Muon has changed its matrices, and AdamW has the rest yet to change.
+                trainer._loop.optimizer.parts["adamw"].register_step_pre_hook(send)
+
+
+@pytest.mark.parametrize("moment", ["forward", "backward", "optimizer.step"])
+def test_a_signal_within_a_step_saves_when_it_is_done(make, moment):
+    whole = make("whole", callbacks=[Within(None)], optimizer="muon")
+    whole.train()
+    part = make(callbacks=[Within(moment)], optimizer="muon")
+    with pytest.raises(SystemExit) as ended:
+        part.train()
+    assert (ended.value.code, part.callbacks[0].sent, part.step) == (143, True, 7)
+    newest, passed = _checkpoint_folder.newest_checkpoint(part.run_folder)
+    assert (newest.step, passed) == (7, [])
+    resumed = make(callbacks=[Within(None)], optimizer="muon", seed=5)
+    resumed.train("latest")
+    assert_equal_runs(whole, resumed)
 
 
 class Slow(Dataset):
@@ -422,6 +464,45 @@ def test_a_checkpoint_of_other_data_or_another_tokenizer_is_refused(make, tokeni
         make(train=other).train("latest")
 
 
+@pytest.mark.parametrize("what", ["missing", "model", "optimizer", "callbacks", "tokenizer", "run"])
+def test_what_does_not_fit_is_found_before_the_text_is_read(make, corpus, tmp_path, what):
+    (tmp_path / "text.txt").write_text("".join(corpus))
+    data = DataConfig(train_file=str(tmp_path / "text.txt"), max_length=24, min_length=1)
+    make(max_steps=1).train()
+    settings = {"resume_from_checkpoint": "latest", "output_dir": tmp_path / "out", "max_steps": 2}
+    error, message, lock = CheckpointError, f"checkpoint-1 was made with the {what}", contextlib.nullcontext()
+    match what:
+        case "missing":
+            settings["resume_from_checkpoint"] = str(tmp_path / "run/checkpoint-7")
+            message = r"checkpoint-7.*manifest\.json"
+        case "model":
+            settings["model"] = {"d_ff": 32}
+            message = "d_ff is 64, the model's 32"
+        case "optimizer":
+            settings["optimizer"] = "muon"
+            message = "made with optimizer='adamw'"
+        case "callbacks":
+            settings["callbacks"] = [StopOnRecord()]
+        case "run":
+            lock = locked(tmp_path / "run")
+            error, message = TrainingError, "Another run is writing"
+    trainer = make(train=None, evaluation=None, **settings)
+    if what == "tokenizer":
+        trainer.tokenizer = BPETokenizer()
+        trainer.tokenizer.train([text[::-1] for text in corpus], trainer.model.config.vocab_size)
+        error, message = FormatError, "belongs to another tokenizer"
+    with lock, pytest.raises(error, match=message):
+        trainer.train_from_config(trainer.model.config, data)
+    assert not (tmp_path / "out").exists()
+    if what == "callbacks":
+        # The text is what was missing.
+        with pytest.raises(DataError, match="other data"):
+            make(train=None, evaluation=None, **(settings | {"callbacks": []})).train_from_config(
+                trainer.model.config, data
+            )
+        assert (tmp_path / "out" / "data").exists()
+
+
 def test_what_is_refused_changes_nothing(make):
     make(max_steps=3).train()
     trainer = make(optimizer="sgd", seed=3)
@@ -468,6 +549,30 @@ def test_a_full_disk_loses_no_checkpoint_and_is_raised_at_the_end(make, monkeypa
     assert [path.name for path in again.run_folder.glob("*checkpoint*")] == [f"checkpoint-{STEPS}"]
 
 
+def test_a_checkpoint_that_cannot_be_read_back_ends_no_training(make, monkeypatch, caplog):
+    fsync = os.fsync
+    lies = {10, STEPS}
+
+    def lying_disk(descriptor):
+        fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if trainer.step in lies and path.name == "training_state.safetensors":
+            with path.open("r+b") as file:
+                file.write(b"?")
+
+    trainer = make(save_total_limit=1)
+    monkeypatch.setattr(os, "fsync", lying_disk)
+    with pytest.raises(CheckpointError, match=r"training_state\.safetensors was altered"):
+        trainer.train()
+    assert trainer.step == STEPS
+    assert "step 10 cannot be written" in caplog.text
+    assert [path.name for path in trainer.run_folder.glob("*checkpoint*")] == ["checkpoint-5"]
+    lies.remove(STEPS)
+    trainer = make("again", save_total_limit=1)
+    trainer.train()
+    assert [path.name for path in trainer.run_folder.glob("*checkpoint*")] == [f"checkpoint-{STEPS}"]
+
+
 def test_a_disk_that_is_really_full_ends_no_training(make, small_disk, tmp_path, caplog):
     size = make("size", max_steps=1)
     size.train()
@@ -502,7 +607,7 @@ def test_the_contracts_own_steps(make):
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, fresh.model.state_dict()[name]), name
     with pytest.raises(TrainingError, match="checkpoint_dir is None"):
-        make(checkpoint_dir=None)._save_checkpoint()
+        make(checkpoint_dir=None, report_to=())._save_checkpoint()
     assert make("empty")._load_checkpoint() is None
 
 
@@ -550,8 +655,6 @@ def test_rows_that_are_too_long_are_refused_first(make, tokenizer, corpus):
 
 
 def test_saving_after_the_end_saves_the_end(make):
-    trainer = make(checkpoint_dir=None)
-    trainer.train()
     trainer = make()
     trainer.train()
     history = curve(trainer)

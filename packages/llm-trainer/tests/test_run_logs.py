@@ -10,8 +10,10 @@ import types
 from pathlib import Path
 
 import pytest
+from llm_trainer.config import ModelConfig, TrainingConfig
 from llm_trainer.exceptions import ConfigurationError, FormatError
-from llm_trainer.training import HistoryRecord
+from llm_trainer.models import TransformerLM
+from llm_trainer.training import HistoryRecord, Trainer
 from llm_trainer.training._logs._tables import COLUMNS
 from llm_trainer.training.loggers import (
     LOGGERS,
@@ -368,6 +370,46 @@ def test_what_is_not_installed_is_said_at_once(tmp_path, monkeypatch, name):
         create_loggers(["csv", name], tmp_path)
     assert isinstance(caught.value, ImportError)
     assert isinstance(caught.value, ConfigurationError)
+
+
+@pytest.fixture
+def make_trainer(tokenizer):
+    model = TransformerLM(ModelConfig(vocab_size=320, d_model=8, n_heads=1, n_layers=1, d_ff=8))
+
+    def make(**settings):
+        config = TrainingConfig(**({"checkpoint_dir": None, "use_amp": False} | settings))
+        return Trainer(model, tokenizer, config, device="cpu", show_progress=False)
+
+    return make
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_trainer_misses_a_library_when_it_is_made(make_trainer, tmp_path, monkeypatch, folder):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    settings = {"output_dir": str(tmp_path)} if folder else {}
+    with pytest.raises(MissingLoggerError, match="pip install wandb"):
+        make_trainer(report_to=["wandb"], **settings)
+
+
+def test_a_log_without_a_folder(make_trainer, monkeypatch):
+    for names in (["csv"], ["tensorboard", "jsonl"]):
+        with pytest.raises(ConfigurationError, match="output_dir or checkpoint_dir"):
+            make_trainer(report_to=names)
+    # The default is not missed, whether its library is there or not.
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert make_trainer()._loggers == []
+
+
+def test_wandb_needs_no_folder(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (logger,) = make_trainer(report_to=["wandb"])._loggers
+    write_run(logger, range(1, 3))
+    write_run(logger, range(3, 4), 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["wandb"]
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2
 
 
 @pytest.mark.parametrize("name", ["csv", "jsonl", "tensorboard", "wandb"])

@@ -10,13 +10,20 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
-from llm_trainer.config import ModelConfig, TrainingConfig
+from llm_trainer.config import DataConfig, ModelConfig, TrainingConfig
 from llm_trainer.data import LanguageModelingDataset, create_dataloader
-from llm_trainer.exceptions import FormatError, TrainingError
+from llm_trainer.exceptions import (
+    ConfigurationError,
+    DataError,
+    FormatError,
+    ModelConfigurationError,
+    TrainingError,
+)
 from llm_trainer.models import TransformerLM
 from llm_trainer.tokenizer import BPETokenizer
 from llm_trainer.training import (
     Callback,
+    EarlyStopping,
     HistoryRecord,
     Trainer,
     TrainingHistory,
@@ -28,6 +35,7 @@ from llm_trainer.training._precision import Precision
 from llm_trainer.training._step import take_step
 from llm_trainer.training.plots import _draw
 from llm_trainer.utils.metrics import bits_per_byte, compute_perplexity, perplexity_of
+from torch.utils.data import Subset
 
 
 @pytest.fixture
@@ -556,3 +564,100 @@ def test_what_is_missing_is_said_before_the_work(make_trainer, tokenizer):
     small = TransformerLM(ModelConfig(vocab_size=300, d_model=32, n_heads=2, n_layers=1, d_ff=32))
     with pytest.raises(TrainingError, match="320 tokens, the model only 300"):
         Trainer(small, tokenizer, TrainingConfig())
+
+
+@pytest.mark.parametrize("role", ["train", "evaluation"])
+def test_rows_of_any_dataset_are_looked_at_before_the_work(make_trainer, tokenizer, corpus, dataset, role):
+    long = LanguageModelingDataset(corpus[:16], tokenizer, max_length=65)
+    for rows in (Subset(long, [3, 4]), [long[0]], long):
+        trainer = make_trainer(**{role: rows})
+        with pytest.raises(ModelConfigurationError, match=r"Rows of 65 tokens .* max_length=64"):
+            trainer.train()
+    name = {"train": "training", "evaluation": "evaluation"}[role]
+    with pytest.raises(TrainingError, match=f"The {name} dataset has no rows"):
+        make_trainer(**{role: Subset(dataset, [])}).train()
+    for row in ("text", {"input_ids": torch.zeros(4, dtype=torch.long)}):
+        with pytest.raises(TrainingError, match=f"first row of the {name} dataset.*input_ids and labels"):
+            make_trainer(**{role: [row]}).train()
+    assert make_trainer(**{role: Subset(dataset, [0, 1])}, max_steps=1).train().records[-1].step == 1
+
+
+def test_what_waits_for_evaluations_needs_them(make_trainer, dataset):
+    for settings in ({"early_stopping_patience": 2}, {"eval_strategy": "epoch"}):
+        with pytest.raises(ConfigurationError, match="nothing to evaluate on; give eval_dataset"):
+            make_trainer(**settings).train()
+    with pytest.raises(ConfigurationError, match="nothing to evaluate on"):
+        make_trainer(callbacks=[EarlyStopping(1)]).train()
+    with pytest.raises(ConfigurationError, match='eval_strategy is "no"'):
+        make_trainer(evaluation=dataset, early_stopping_patience=2, eval_strategy="no").train()
+    # The default asks for nothing.
+    assert make_trainer(max_steps=1, eval_strategy="steps").train().records[-1].step == 1
+
+
+@pytest.mark.parametrize("given", [{"batch_size": 4}, ModelConfig(), None, "adamw"], ids=str)
+def test_a_trainer_without_a_training_config_is_refused(make_trainer, given):
+    parts = make_trainer()
+    with pytest.raises(ConfigurationError, match=f"config must be a TrainingConfig.*{type(given).__name__}"):
+        Trainer(parts.model, parts.tokenizer, given)
+    with pytest.raises(ConfigurationError, match=r"model must be a TransformerLM.*ModelConfig"):
+        Trainer(parts.model.config, parts.tokenizer, parts.config)
+    with pytest.raises(ConfigurationError, match=r"tokenizer must be a Tokenizer.*str"):
+        Trainer(parts.model, "tokenizer", parts.config)
+
+
+@pytest.fixture
+def text(tmp_path, corpus):
+    path = tmp_path / "text"
+    path.mkdir()
+    (path / "train.txt").write_text("".join(corpus[:48]))
+    (path / "held_out.txt").write_text("".join(corpus[48:]))
+    return path
+
+
+def data_of(text, **settings):
+    return DataConfig(
+        train_file=str(text / "train.txt"), max_length=32, min_length=1, dataloader_num_workers=0, **settings
+    )
+
+
+def test_training_from_configurations_equals_training_on_their_rows(make_trainer, text, tokenizer, tmp_path):
+    trainer = make_trainer(train=None, output_dir=tmp_path / "run", logging_steps=1, eval_steps=3)
+    data = data_of(text, validation_file=str(text / "held_out.txt"))
+    history = trainer.train_from_config(trainer.model.config, data)
+    assert (len(history.train_losses), [step for step, _ in history.eval_losses]) == (6, [3, 6])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"] == data.to_dict()
+
+    rows, held_out = (
+        LanguageModelingDataset([(text / f"{name}.txt").read_text()], tokenizer, max_length=32)
+        for name in ("train", "held_out")
+    )
+    direct = make_trainer(train=rows, evaluation=held_out, logging_steps=1, eval_steps=3)
+    assert direct.train().train_losses == history.train_losses
+    assert direct.history.eval_losses == history.eval_losses
+
+
+def test_training_from_configurations_that_do_not_fit_is_refused_before_the_text_is_read(
+    make_trainer, text, tmp_path
+):
+    trainer = make_trainer(train=None, output_dir=tmp_path / "run", early_stopping_patience=3)
+    config, data = trainer.model.config, data_of(text)
+    with pytest.raises(
+        ModelConfigurationError, match="n_layers is 5, the model's 2; build the model with it"
+    ):
+        trainer.train_from_config(ModelConfig.from_dict(config.to_dict() | {"n_layers": 5}), data)
+    long = DataConfig.from_dict(data.to_dict() | {"max_length": 65})
+    with pytest.raises(ModelConfigurationError, match="Rows of 65 tokens"):
+        trainer.train_from_config(config, long)
+    for given, message in (
+        ((config, {}), r"data_config must be a DataConfig.*dict.*DataConfig\.from_dict"),
+        (({}, data), r"model_config must be a ModelConfig.*ModelConfig\.from_dict"),
+        ((data, config), "model_config must be a ModelConfig, but is of type DataConfig"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            trainer.train_from_config(*given)
+    with pytest.raises(ConfigurationError, match=r"nothing to evaluate on; .*validation_file"):
+        trainer.train_from_config(config, data)
+    assert not (tmp_path / "run").exists()
+    missing = data_of(text, validation_file="missing.txt")
+    with pytest.raises(DataError, match=r"missing\.txt does not exist"):
+        trainer.train_from_config(config, missing)

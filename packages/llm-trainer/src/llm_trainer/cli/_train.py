@@ -21,14 +21,17 @@ from llm_trainer.cli._table import duration, print_table
 from llm_trainer.cli._tokenizers import tokenizer_of
 from llm_trainer.config import ModelConfig, RunConfig, calculate_parameters, estimate_memory_usage
 from llm_trainer.data import LanguageModelingDataset, create_dataloader, load_splits
-from llm_trainer.data._splits import checked_sources
-from llm_trainer.exceptions import ConfigurationError
+from llm_trainer.data._splits import checked_sources, held_out
+from llm_trainer.exceptions import CheckpointError, ConfigurationError
 from llm_trainer.models import TransformerLM
+from llm_trainer.models._compile import compile_blocks_
 from llm_trainer.models._model_files import read_model
 from llm_trainer.tokenizer import Tokenizer, load_tokenizer
 from llm_trainer.training import Trainer, set_seed
-from llm_trainer.training._checkpoints import MAY_DIFFER, differences, find
+from llm_trainer.training._checkpoints import check, find
+from llm_trainer.training._checks import check_evaluations, configured_callbacks
 from llm_trainer.training._precision import Precision
+from llm_trainer.training.loggers import create_loggers
 from llm_trainer.training.utils import setup_logging
 from llm_trainer.utils.metrics import batch_loss, bits_per_byte, perplexity_of
 
@@ -55,6 +58,7 @@ def train_run(
     checkpoint = _checkpoint_to_resume(run)
     if checkpoint is not None and force_tokenizer:
         _logger.warning("The tokenizer is not trained again: a resumed run keeps the one in its checkpoint.")
+    _check_settings(run, output, place)
     checked_sources(run.data)
     _check_memory(run.model, place)
     output.mkdir(parents=True, exist_ok=True)
@@ -100,10 +104,23 @@ def _checkpoint_to_resume(run: RunConfig) -> Path | None:
         found, _ = read_model(checkpoint)
         # The run's tokenizer, which decides on the size of the vocabulary, is in the checkpoint.
         wanted = dataclasses.replace(run.model, vocab_size=found.vocab_size)
-        different = differences(found, wanted, MAY_DIFFER)
-        if different:
-            raise ConfigurationError(f"{checkpoint} is of another model: {different}.")
+        try:
+            check(checkpoint, wanted, run.training, configured_callbacks(run.training))
+        except CheckpointError as error:
+            # It is whole: what does not fit is the configuration.
+            raise ConfigurationError(str(error)) from error
     return checkpoint
+
+
+def _check_settings(run: RunConfig, output: Path, device: torch.device) -> None:
+    """Find what `Trainer` would refuse, before there is a tokenizer to give it."""
+    training = run.training
+    create_loggers(training.report_to, output, training.run_name)
+    check_evaluations(training, configured_callbacks(training), has_rows=held_out(run.data) is not None)
+    if training.compile_model:
+        # Any model tells whether there is a compiler.
+        shape = ModelConfig(vocab_size=1, d_model=2, n_heads=1, n_layers=1, d_ff=1, max_seq_len=1)
+        compile_blocks_(TransformerLM(shape).to(device))
 
 
 def _check_memory(model: ModelConfig, device: torch.device) -> None:

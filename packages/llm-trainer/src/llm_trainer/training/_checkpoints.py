@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_trainer._files import shown
-from llm_trainer.config import ModelConfig
+from llm_trainer.config import ModelConfig, TrainingConfig
 from llm_trainer.exceptions import CheckpointError
 from llm_trainer.models import TransformerLM
-from llm_trainer.models._model_files import check_tokenizer
+from llm_trainer.models._model_files import read_model
 from llm_trainer.training._checkpoint_folder import newest_checkpoint, verify_checkpoint, write_checkpoint
 from llm_trainer.training._state import load_state, require_finite, save_state
+from llm_trainer.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from llm_trainer.training._loop import TrainingLoop
@@ -33,6 +35,7 @@ def save(trainer: Trainer, loop: TrainingLoop) -> Path:
     Raises:
         TrainingError: A weight or the optimizer's state is not finite; nothing is written.
         OSError: It cannot be written; the ones that were there still are.
+        CheckpointError: What was read back is not what was written; nor is it left there.
     """
     state = {
         "version": _STATE_VERSION,
@@ -77,24 +80,46 @@ def find(resume: str | Path, folder: Path | None) -> Path | None:
     return newest.path
 
 
-def load(path: Path, trainer: Trainer, loop: TrainingLoop) -> None:
-    """Put the model, the loop and the trainer's counts into the state of a verified checkpoint.
+def check(path: Path, model: ModelConfig, training: TrainingConfig, callbacks: Sequence[Callback]) -> None:
+    """Compare a verified checkpoint with the run that is to go on from it; no tensor is read for that.
 
     Raises:
-        CheckpointError: It is of another model, tokenizer or optimizer, or of a newer release.
-        DataError: It is of other data.
+        CheckpointError: It is of another model or optimizer, of other callbacks, or of a newer release.
     """
-    model = TransformerLM.from_pretrained(path)
-    different = differences(model.config, trainer.model.config, MAY_DIFFER)
+    found, _ = read_model(path)
+    different = differences(found, model, MAY_DIFFER)
     if different:
         raise CheckpointError(f"{path} is of another model: {different}.")
-    check_tokenizer(path, trainer.tokenizer.fingerprint())
-    state = load_state(path / STATE_FILE)
+    state = load_state(path / STATE_FILE, with_tensors=False)
     if state.get("version") != _STATE_VERSION:
         raise CheckpointError(
             f"{path} has training state of version {shown(state.get('version'))}; this llm-trainer reads "
             f"{_STATE_VERSION}."
         )
+    if state["optimizer_type"] != training.optimizer:
+        raise CheckpointError(
+            f"{path} was made with optimizer={state['optimizer_type']!r}, and TrainingConfig has "
+            f"{training.optimizer!r}; use the same, or begin anew from its weights with "
+            "TransformerLM.from_pretrained(checkpoint)."
+        )
+    made_with = [name for name, _ in state["callbacks"]]
+    given = [type(callback).__name__ for callback in callbacks]
+    if made_with != given:
+        raise CheckpointError(
+            f"{path} was made with the callbacks {made_with}, now there are {given}; give the same ones in "
+            "the same order."
+        )
+
+
+def load(path: Path, trainer: Trainer, loop: TrainingLoop) -> None:
+    """Put the model, the loop and the trainer's counts into the state of a checkpoint that `check` has
+    passed.
+
+    Raises:
+        DataError: It is of other data.
+    """
+    model = TransformerLM.from_pretrained(path)
+    state = load_state(path / STATE_FILE)
     loop.load_state_dict(state)
     trainer.run_id, trainer.resumed_after = state["run_id"], state["resumed_after"]
     trainer.model.load_state_dict(model.state_dict())

@@ -12,7 +12,7 @@ import av_memory
 from torch import Tensor, nn
 
 from llm_trainer.data import PositionedLoader
-from llm_trainer.exceptions import CheckpointError, ConfigurationError, TrainingError
+from llm_trainer.exceptions import ConfigurationError, TrainingError
 from llm_trainer.training._history import HistoryRecord, TrainingHistory
 from llm_trainer.training._precision import Precision
 from llm_trainer.training._progress import ProgressReport
@@ -144,22 +144,9 @@ class TrainingLoop:
         """Go on where `state_dict` was taken.
 
         Raises:
-            CheckpointError: It is the state of a run with another optimizer or other callbacks.
-            DataError: It is that of a run on other data.
+            DataError: It is the state of a run on other data.
         """
         trainer = self.trainer
-        if state["optimizer_type"] != trainer.config.optimizer:
-            raise CheckpointError(
-                f"The checkpoint was made with optimizer={state['optimizer_type']!r}, and TrainingConfig has "
-                f"{trainer.config.optimizer!r}; use the same, or begin anew from its weights with "
-                "TransformerLM.from_pretrained(checkpoint)."
-            )
-        callbacks = [type(callback).__name__ for callback in trainer.callbacks]
-        if [name for name, _ in state["callbacks"]] != callbacks:
-            raise CheckpointError(
-                f"The checkpoint was made with the callbacks {[name for name, _ in state['callbacks']]}, now "
-                f"there are {callbacks}; give the same ones in the same order."
-            )
         self._loader.load_state_dict(state["loader"])
         self.counts = _Counts(**state["counts"])
         self.saved_step = None

@@ -6,19 +6,21 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 from av_memory import MemoryTracker
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from llm_trainer._files import write_json, write_text
 from llm_trainer.config import DataConfig, ModelConfig, TrainingConfig
+from llm_trainer.config._base import check_type
 from llm_trainer.data import PositionedLoader, create_dataloader, load_splits
-from llm_trainer.exceptions import ModelConfigurationError, TrainingError
+from llm_trainer.data._splits import held_out
+from llm_trainer.exceptions import CheckpointError, ModelConfigurationError, TrainingError
 from llm_trainer.models import TransformerLM
 from llm_trainer.models._compile import compile_blocks_
 from llm_trainer.models._flops import flops_per_token
@@ -26,6 +28,13 @@ from llm_trainer.models._model_files import check_tokenizer
 from llm_trainer.tokenizer import Tokenizer, load_tokenizer
 from llm_trainer.training import _checkpoints
 from llm_trainer.training._checkpoint_folder import remove_unfinished
+from llm_trainer.training._checks import (
+    Rows,
+    check_evaluations,
+    check_length,
+    check_rows,
+    configured_callbacks,
+)
 from llm_trainer.training._history import TrainingHistory
 from llm_trainer.training._lock import locked
 from llm_trainer.training._loop import TrainingLoop
@@ -34,14 +43,12 @@ from llm_trainer.training._precision import Precision
 from llm_trainer.training._progress import ProgressReport
 from llm_trainer.training._run_folder import run_info, save_curves
 from llm_trainer.training._signals import SignalGuard
-from llm_trainer.training.callbacks import Callback, EarlyStopping
+from llm_trainer.training.callbacks import Callback
 from llm_trainer.training.loggers import RunLogger, create_loggers
 from llm_trainer.training.utils import get_device, set_seed
 from llm_trainer.utils.metrics import mean_loss, perplexity_of
 
 _logger = logging.getLogger(__name__)
-
-Rows = Dataset[dict[str, Tensor]]
 
 
 class Trainer:
@@ -77,10 +84,15 @@ class Trainer:
 
         Raises:
             TrainingError: The model has fewer embeddings than the tokenizer has tokens.
-            ConfigurationError: `config` was changed into an impossible one.
+            ConfigurationError: The model, the tokenizer or `config` is something else, or `config` was
+                changed into an impossible one. Or `report_to` asks for a log in the run's folder, and there
+                is none; with the default `report_to` there is no log then.
             MissingLoggerError: What `report_to` asks for is not installed.
             TokenizerNotTrainedException: The tokenizer has no vocabulary.
         """
+        check_type(model, TransformerLM, "model")
+        check_type(tokenizer, Tokenizer, "tokenizer")
+        check_type(config, TrainingConfig, "config")
         config.validate()
         if tokenizer.vocab_size > model.config.vocab_size:
             raise TrainingError(
@@ -94,11 +106,7 @@ class Trainer:
         self.config = config
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
-        self.callbacks = list(callbacks)
-        if config.early_stopping_patience is not None:
-            self.callbacks.append(
-                EarlyStopping(config.early_stopping_patience, config.early_stopping_threshold)
-            )
+        self.callbacks = [*callbacks, *configured_callbacks(config)]
         self.history = TrainingHistory()
         self.should_stop = False
         self.step = 0
@@ -114,17 +122,17 @@ class Trainer:
         self._data_config: DataConfig | None = None
         self._loop: TrainingLoop | None = None
         self._is_over = False
-        self._save_failure: OSError | None = None
+        self._save_failure: OSError | CheckpointError | None = None
         # Absolute, for a program may change its folder under way.
         checkpoints, output = config.checkpoint_dir, config.output_dir
         self.checkpoint_folder = None if checkpoints is None else Path(checkpoints).absolute()
         """Where the checkpoints are."""
         self.run_folder = self.checkpoint_folder if output is None else Path(output).absolute()
         """Where all else of the run is."""
-        self._loggers = (
-            []
-            if self.run_folder is None
-            else create_loggers(config.report_to, self.run_folder, config.run_name)
+        # The default, without a folder for it, is nobody's wish.
+        logs_nothing = self.run_folder is None and config.report_to == TrainingConfig.report_to
+        self._loggers = create_loggers(
+            () if logs_nothing else config.report_to, self.run_folder, config.run_name
         )
 
     def train(self, resume_from_checkpoint: str | Path | None = None) -> TrainingHistory:
@@ -138,8 +146,13 @@ class Trainer:
                 that is whole; if there is none, the run begins anew.
 
         Raises:
-            TrainingError: There is no training data, or too many steps in a row were not finite.
-            CheckpointError: The checkpoint is damaged, or of another model, tokenizer or optimizer.
+            TrainingError: There is no row to train or to evaluate on, nothing can be compiled though
+                `compile_model` asks for it, or too many steps in a row were not finite.
+            ModelConfigurationError: The rows are too long for the model.
+            ConfigurationError: Early stopping or `eval_strategy="epoch"` has nothing to evaluate on.
+            CheckpointError: The checkpoint is damaged, or of another model, tokenizer or optimizer. Or one
+                that was written was not what was read back: that is logged, and raised when training is over
+                if no later one was well.
             DataError: It is of other data.
             OSError: The run's folder cannot be written to. Where that happens in the middle, it is logged,
                 and raised when training is over.
@@ -162,27 +175,37 @@ class Trainer:
     def train_from_config(self, model_config: ModelConfig, data_config: DataConfig) -> TrainingHistory:
         """Read the text that `data_config` names, as rows of this trainer's tokenizer, and train on it.
 
+        The run begins anew, or goes on as `resume_from_checkpoint` of the configuration says. What can be
+        refused without the text, such as a checkpoint of another model, is refused before it is read.
+
         Args:
             model_config: That of the model, which was built before; given again so that they are compared.
             data_config: Text to train and evaluate on.
 
         Raises:
             ModelConfigurationError: `model_config` is not that of the model, or the rows are too long for it.
+            ConfigurationError: One of the two is something else.
             DataError: A text is missing, empty or not text.
 
         `train` says what else is raised.
         """
+        check_type(model_config, ModelConfig, "model_config")
+        check_type(data_config, DataConfig, "data_config")
         different = _checkpoints.differences(model_config, self.model.config)
         if different:
             raise ModelConfigurationError(
                 f"model_config is not that of the trainer's model: {different}; build the model with it."
             )
         data_config.validate()
-        _check_length(data_config.max_length, self.model.config)
+        check_length(data_config.max_length, self.model.config)
+        check_evaluations(self.config, self.callbacks, has_rows=held_out(data_config) is not None)
+        with locked(self.checkpoint_folder):
+            checkpoint = self._prepare(self.config.resume_from_checkpoint)
         cache = None if self.run_folder is None else self.run_folder / "data"
         splits = load_splits(data_config, self.tokenizer, cache_dir=cache)
         self.train_dataset, self.eval_dataset = splits.train, splits.validation
         self._data_config = data_config
+        self._loop = self._begin(checkpoint)
         return self.train()
 
     def _train_epoch(self) -> float:
@@ -230,28 +253,36 @@ class Trainer:
         """Return a run at its beginning, or at the checkpoint that it is to go on from."""
         if self.train_dataset is None:
             raise TrainingError("There is nothing to train on: give train_dataset to Trainer(...).")
-        if not isinstance(self.train_dataset, IterableDataset) and not len(cast("Sized", self.train_dataset)):
-            raise TrainingError("The training dataset has no rows.")
-        for dataset in (self.train_dataset, self.eval_dataset):
-            _check_length(getattr(dataset, "max_length", 0), self.model.config)
+        check_evaluations(self.config, self.callbacks, has_rows=self.eval_dataset is not None)
+        check_rows("training", self.train_dataset, self.model.config)
+        if self.eval_dataset is not None:
+            check_rows("evaluation", self.eval_dataset, self.model.config)
         with locked(self.checkpoint_folder):
             return self._begin_alone(resume)
 
-    def _begin_alone(self, resume: str | Path | None) -> TrainingLoop:
+    def _prepare(self, resume: str | Path | None) -> Path | None:
+        """Return the checkpoint to go on from, and do what else may fail before there are any rows."""
         folder = self.checkpoint_folder
-        self._resumed_from = None if resume is None else _checkpoints.find(resume, folder)
+        found = None if resume is None else _checkpoints.find(resume, folder)
+        if found is not None:
+            _checkpoints.check(found, self.model.config, self.config, self.callbacks)
+            check_tokenizer(found, self.tokenizer.fingerprint())
         if folder is not None:
             remove_unfinished(folder)
             # A folder that cannot be written to is found before the work, not after it.
             write_text(folder / ".writable", "")
             (folder / ".writable").unlink()
+        if self.config.compile_model and not self._compiled:
+            compile_blocks_(self.model)
+            self._compiled = self.compiles_first_step = True
+        return found
+
+    def _begin_alone(self, resume: str | Path | None) -> TrainingLoop:
+        self._resumed_from = self._prepare(resume)
         self.history = TrainingHistory()
         self.step = 0
         self.should_stop = self._is_over = False
         self._save_failure = None
-        if self.config.compile_model and not self._compiled:
-            compile_blocks_(self.model)
-            self._compiled = self.compiles_first_step = True
         train_dataset = cast("Rows", self.train_dataset)
         loader = self._loader(train_dataset, train=True)
         loop = TrainingLoop(
@@ -381,7 +412,8 @@ class Trainer:
         """
         tokenizer = load_tokenizer(tokenizer_path if tokenizer_path is not None else model_path)
         check_tokenizer(Path(model_path), tokenizer.fingerprint())
-        return cls(TransformerLM.from_pretrained(model_path), tokenizer, config or TrainingConfig(), **kwargs)
+        config = TrainingConfig() if config is None else config
+        return cls(TransformerLM.from_pretrained(model_path), tokenizer, config, **kwargs)
 
     def _loader(self, dataset: Rows, *, train: bool) -> PositionedLoader:
         workers = self.config.dataloader_num_workers
@@ -431,7 +463,7 @@ class Trainer:
         self._save_failure = None
         try:
             path = _checkpoints.save(self, loop)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             self._save_failure = error
             _logger.error(
                 "The checkpoint of step %s cannot be written (%s); training goes on.", self.step, error
@@ -439,11 +471,3 @@ class Trainer:
             return
         for callback in self.callbacks:
             callback.on_save(self, path)
-
-
-def _check_length(max_length: int, config: ModelConfig) -> None:
-    if max_length > config.max_seq_len:
-        raise ModelConfigurationError(
-            f"Rows of {max_length} tokens are longer than the model's max_seq_len ({config.max_seq_len}); "
-            f"make the rows with max_length={config.max_seq_len}, or the model with a larger max_seq_len."
-        )

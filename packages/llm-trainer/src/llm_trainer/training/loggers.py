@@ -23,11 +23,10 @@ __all__ = ["LOGGERS", "MissingLoggerError", "RunLogger", "create_loggers", "valu
 
 _NEEDS = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
-_MAKERS: dict[str, Callable[[Path, str | None], RunLogger]] = {
-    "tensorboard": lambda folder, _: TensorBoardLogger(folder),
-    "wandb": WandbLogger,
-    "csv": lambda folder, _: CsvLogger(folder),
-    "jsonl": lambda folder, _: JsonlLogger(folder),
+_MAKERS: dict[str, Callable[[Path], RunLogger]] = {
+    "tensorboard": TensorBoardLogger,
+    "csv": CsvLogger,
+    "jsonl": JsonlLogger,
 }
 
 LOGGERS = REPORTS
@@ -39,30 +38,41 @@ class MissingLoggerError(ConfigurationError, ImportError):
 
 
 def create_loggers(
-    report_to: Sequence[str] | str, folder: str | Path, run_name: str | None = None
+    report_to: Sequence[str] | str, folder: str | Path | None, run_name: str | None = None
 ) -> list[RunLogger]:
     """Return the logs with these names, not started yet; a name given twice counts once.
 
     Args:
         report_to: Names of `LOGGERS`; "none" or nothing asks for no log.
         folder: Where they write: `tensorboard/`, `wandb/` with `wandb_run.json`, `metrics.csv`,
-            `metrics.jsonl`.
+            `metrics.jsonl`. Without one, only Weights & Biases can be had, which then chooses its own.
         run_name: What Weights & Biases calls the run; a name of its own if None.
 
     Raises:
-        ConfigurationError: A name is unknown, or "none" stands beside others.
+        ConfigurationError: A name is unknown, "none" stands beside others, or a log lacks its folder.
         MissingLoggerError: The library of one is not installed; it is an `ImportError` too.
     """
     names = list(dict.fromkeys([report_to] if isinstance(report_to, str) else report_to))
     if names == ["none"]:
         return []
     for name in names:
-        if name not in _MAKERS:
+        if name not in LOGGERS:
             known = ", ".join(f'"{known}"' for known in LOGGERS)
             raise ConfigurationError(f'report_to holds {name!r}; it may hold {known}, or "none" alone.')
     for name in names:
         _check_installed(name)
-    return [_MAKERS[name](Path(folder), run_name) for name in names]
+    return [_make(name, None if folder is None else Path(folder), run_name) for name in names]
+
+
+def _make(name: str, folder: Path | None, run_name: str | None) -> RunLogger:
+    if name == "wandb":
+        return WandbLogger(folder, run_name)
+    if folder is None:
+        raise ConfigurationError(
+            f'report_to holds "{name}", which writes into the folder of the run, and there is none; set '
+            "TrainingConfig.output_dir or checkpoint_dir, or leave it out of report_to."
+        )
+    return _MAKERS[name](folder)
 
 
 def _check_installed(name: str) -> None:

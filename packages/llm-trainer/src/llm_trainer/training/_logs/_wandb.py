@@ -19,14 +19,14 @@ FORMAT_VERSION = 1
 class WandbLogger(RunLogger):
     """A run of Weights & Biases; its `WANDB_...` variables name project, account and mode.
 
-    The run's id is kept in `wandb_run.json`, and a resumed training goes on with that run. What was sent of
-    steps after the resumed one cannot be taken back, so those steps are there twice; the axis of the plots is
-    `step`, so that they lie on one another.
+    The run's id is kept in `wandb_run.json`, and a resumed training goes on with that run; without a folder
+    it becomes another one. What was sent of steps after the resumed one cannot be taken back, so those steps
+    are there twice; the axis of the plots is `step`, so that they lie on one another.
     """
 
     name = "wandb"
 
-    def __init__(self, folder: Path, run_name: str | None = None) -> None:
+    def __init__(self, folder: Path | None, run_name: str | None = None) -> None:
         super().__init__()
         import wandb
 
@@ -37,15 +37,16 @@ class WandbLogger(RunLogger):
 
     def _start(self, run_info: dict[str, Any], resumed_from_step: int | None) -> None:
         self._close()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / "wandb_run.json"
-        run_id = None if resumed_from_step is None else _known_id(path)
+        folder = self._folder
+        path = None if folder is None else folder / "wandb_run.json"
+        run_id = None if resumed_from_step is None or path is None else _known_id(path)
         resumes = run_id is not None
         if run_id is None:
             run_id = secrets.token_hex(8)
-            write_json(path, {"version": FORMAT_VERSION, "id": run_id})
+            if path is not None:
+                write_json(path, {"version": FORMAT_VERSION, "id": run_id})
         self._run = self._wandb.init(
-            dir=str(self._folder),
+            dir=None if folder is None else str(folder),
             id=run_id,
             name=self._run_name,
             config=run_info,
