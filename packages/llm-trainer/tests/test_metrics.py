@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from llm_trainer.data import LanguageModelingDataset, create_dataloader
-from llm_trainer.exceptions import ConfigurationError, DataError
+from llm_trainer.exceptions import ConfigurationError, DataError, ModelInputError
 from llm_trainer.utils.metrics import (
     bits_per_byte,
     compute_bleu_score,
@@ -243,6 +243,12 @@ def test_perplexity_weighs_tokens_and_not_batches():
     assert compute_perplexity(Fixed(), batches, "cpu") == pytest.approx(math.exp((3 * 1 + 1 * 5) / 4))
     with pytest.raises(DataError, match="no token"):
         compute_perplexity(Fixed(), [], "cpu")
+
+
+def test_rows_longer_than_the_model_are_refused(build):
+    rows = torch.zeros(1, 25, dtype=torch.long)
+    with pytest.raises(ModelInputError, match=r"25 tokens, more than max_seq_len \(24\)"):
+        compute_perplexity(build(), [{"input_ids": rows, "labels": rows}], "cpu")
 
 
 class Letters:

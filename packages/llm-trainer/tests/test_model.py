@@ -11,7 +11,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from llm_trainer.exceptions import FormatError, ModelConfigurationError
+from llm_trainer.config import TrainingConfig
+from llm_trainer.exceptions import FormatError, ModelConfigurationError, ModelInputError
 from llm_trainer.models import TransformerLM
 from llm_trainer.models._fast_ops import squared_relu, unit_rms
 from llm_trainer.models._loss import linear_cross_entropy
@@ -298,16 +299,32 @@ def test_output_reads_like_an_object_a_mapping_and_a_tuple(ids, build):
     assert build()(ids, labels=ids, return_logits=False).logits is None
 
 
-def test_wrong_inputs(ids, build, tiny):
+def test_wrong_inputs(ids, build):
     model = build()
-    with pytest.raises(ValueError, match=r"25 tokens, more than max_seq_len \(24\)"):
-        model(torch.zeros(1, 25, dtype=torch.long))
-    with pytest.raises(ValueError, match="labels have shape"):
-        model(ids, labels=ids[:, 1:])
-    with pytest.raises(ValueError, match="attention_mask has shape"):
-        model(ids, ids[:, 1:])
-    with pytest.raises(ValueError, match=r"\(batch, tokens\)"):
-        model(ids[0])
+    cache = model.new_cache(3, 24)
+    for arguments, message in (
+        ({"input_ids": torch.zeros(1, 25, dtype=torch.long)}, r"25 tokens, more than max_seq_len \(24\)"),
+        ({"input_ids": ids[0]}, r"\(batch, tokens\)"),
+        ({"input_ids": ids.float()}, "must be int64 or int32, not torch.float32"),
+        ({"input_ids": ids + 61}, r"ids from 6\d to 1\d\d, the model has a vocabulary of 61"),
+        ({"input_ids": ids - 61}, r"ids from -6\d to -\d+, the model"),
+        ({"labels": ids[:, 1:]}, "labels have shape"),
+        ({"attention_mask": ids[:, 1:]}, "attention_mask has shape"),
+        ({"labels": ids, "cache": cache}, "labels and cache cannot be used together"),
+        ({"attention_mask": ids, "cache": cache}, "attention_mask and cache cannot be used together"),
+    ):
+        with pytest.raises(ModelInputError, match=message) as caught:
+            model(**{"input_ids": ids, **arguments})
+        assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("wrong", [{"vocab_size": 61}, TrainingConfig(), None])
+def test_what_is_no_configuration_is_refused(wrong):
+    with pytest.raises(ModelConfigurationError, match="config must be a ModelConfig, but is of type"):
+        TransformerLM(wrong)
+
+
+def test_a_configuration_that_was_made_impossible_is_refused(tiny):
     config = dataclasses.replace(tiny)
     config.n_heads = 5
     with pytest.raises(ModelConfigurationError):

@@ -9,6 +9,7 @@ __all__ = [
     "LLMTrainerError",
     "MissingPackageError",
     "ModelConfigurationError",
+    "ModelInputError",
     "TokenizerError",
     "TokenizerNotTrainedException",
     "TrainingError",
@@ -25,6 +26,10 @@ class ConfigurationError(LLMTrainerError, ValueError, AssertionError):
 
 class ModelConfigurationError(ConfigurationError):
     """A `ModelConfig` describes a model that cannot be built."""
+
+
+class ModelInputError(LLMTrainerError, ValueError):
+    """A model was given tokens that it does not take: too many, of another shape or vocabulary."""
 
 
 class TokenizerError(LLMTrainerError, ValueError):

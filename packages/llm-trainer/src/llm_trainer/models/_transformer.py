@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from llm_trainer.config import ModelConfig
-from llm_trainer.exceptions import FormatError
+from llm_trainer.config._base import check_type
+from llm_trainer.exceptions import FormatError, ModelInputError
 from llm_trainer.models import _hf_files, _model_files
 from llm_trainer.models._attention import allowed_pairs
 from llm_trainer.models._blocks import Block, build_block, build_norm, initialise_block_
@@ -56,11 +57,12 @@ class TransformerLM(nn.Module):
     """A decoder-only transformer, as `ModelConfig` describes it.
 
     Raises:
-        ModelConfigurationError: The configuration was changed into an impossible one.
+        ModelConfigurationError: `config` is no `ModelConfig`, or was changed into an impossible one.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        check_type(config, ModelConfig, "config")
         config.validate()
         self.config = dataclasses.replace(config)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -119,16 +121,20 @@ class TransformerLM(nn.Module):
                 labels.
 
         Raises:
-            ValueError: Shapes do not fit, the sequence is longer than `max_seq_len` or has no room in the
-                cache, or a cache comes with labels, a mask, or gradient checkpointing in training.
+            ModelInputError: Shapes do not fit, the ids are no integers or (on a CPU) not in the vocabulary,
+                the sequence is longer than `max_seq_len`, or a cache comes with labels, a mask, or gradient
+                checkpointing in training. It is a `ValueError` too.
+            ValueError: The sequence has no room in the cache.
         """
         if cache is not None and labels is not None:
-            raise ValueError("labels and cache cannot be used together: the first token would have no loss.")
+            raise ModelInputError(
+                "labels and cache cannot be used together: the first token would have no loss."
+            )
         hidden_BTD = self._hidden(input_ids, attention_mask, cache)
         loss = None
         if labels is not None:
             if labels.shape != input_ids.shape:
-                raise ValueError(
+                raise ModelInputError(
                     f"labels have shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; they "
                     f"must be equal."
                 )
@@ -145,28 +151,31 @@ class TransformerLM(nn.Module):
 
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> Tensor:
         if input_ids.dim() != 2:
-            raise ValueError(f"input_ids must have shape (batch, tokens), not {tuple(input_ids.shape)}.")
+            raise ModelInputError(f"input_ids must have shape (batch, tokens), not {tuple(input_ids.shape)}.")
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ModelInputError(f"input_ids must be int64 or int32, not {input_ids.dtype}.")
         recomputes = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if cache is not None and recomputes:
-            raise ValueError(
+            raise ModelInputError(
                 "gradient_checkpointing runs each block twice in training, which would fill the cache twice; "
                 "call model.eval() or use torch.no_grad()."
             )
         start = cache.length if cache is not None else 0
         end = start + input_ids.size(1)
         if end > self.config.max_seq_len:
-            raise ValueError(
-                f"The sequence has {end} tokens, more than max_seq_len ({self.config.max_seq_len})."
+            raise ModelInputError(
+                f"The sequence has {end} tokens, more than max_seq_len ({self.config.max_seq_len}); "
+                "give the model shorter ones, or make one with a larger max_seq_len."
             )
         positions = torch.arange(start, end, device=input_ids.device)
         mask = documents = None
         if attention_mask is not None:
             if cache is not None:
-                raise ValueError(
+                raise ModelInputError(
                     "attention_mask and cache cannot be used together: prompts must be of equal length."
                 )
             if attention_mask.shape != input_ids.shape:
-                raise ValueError(
+                raise ModelInputError(
                     f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids "
                     f"{tuple(input_ids.shape)}; "
                     "they must be equal."
@@ -180,7 +189,13 @@ class TransformerLM(nn.Module):
         elif cache is not None and start > 0 and input_ids.size(1) > 1:
             columns = torch.arange(end, device=input_ids.device)
             mask = (columns <= positions[:, None])[None, None]
-        x_BTD = self.embedding(input_ids)
+        try:
+            x_BTD = self.embedding(input_ids)
+        except IndexError:
+            raise ModelInputError(
+                f"input_ids hold ids from {int(input_ids.min())} to {int(input_ids.max())}, the model has a "
+                f"vocabulary of {self.config.vocab_size}; use the tokenizer that it was trained with."
+            ) from None
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(positions).to(x_BTD.dtype)
         rope = self.rope(positions, x_BTD.dtype) if self.rope is not None else None
