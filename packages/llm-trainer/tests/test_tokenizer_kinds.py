@@ -1,9 +1,12 @@
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
 import datasets
@@ -335,6 +338,34 @@ def test_batches_keep_their_order(any_kind, corpus, num_threads):
     arrays = any_kind.encode_batch_ordinary(texts, num_threads)
     assert [ids.tolist() for ids in arrays] == [ids[1:] for ids in expected]
     assert any_kind.encode_batch([]) == []
+
+
+@pytest.mark.parametrize("encode", ["encode_batch", "encode_batch_ordinary"])
+def test_batches_are_encoded_on_all_cores_at_once(bpe, corpus, monkeypatch, encode):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    all_three = threading.Barrier(3, timeout=5)
+    encode_ordinary = bpe.encode_ordinary
+
+    def encode_when_all_are_here(text):
+        all_three.wait()
+        return encode_ordinary(text)
+
+    expected = getattr(bpe, encode)(corpus[:12], num_threads=1)
+    monkeypatch.setattr(bpe, "encode_ordinary", encode_when_all_are_here)
+    found = getattr(bpe, encode)(corpus[:12])
+    assert [list(ids) for ids in found] == [list(ids) for ids in expected]
+
+
+def test_other_threads_run_while_one_encodes(bpe):
+    text = " ".join(f"word{n} größe" for n in range(200_000))
+    with ThreadPoolExecutor(1) as pool:
+        encoded = pool.submit(bpe.encode_ordinary, text)
+        turns = 0
+        while not encoded.done():
+            time.sleep(0.001)
+            turns += 1
+    # The one who sleeps gets no turn as long as the encoder holds Python's lock.
+    assert turns > 20
 
 
 def test_pickled_it_is_the_same(any_kind, corpus):
