@@ -1,3 +1,4 @@
+import gc
 import multiprocessing
 import os
 import signal
@@ -195,6 +196,40 @@ def test_workers_leave_signals_to_the_main_process():
     assert places([*got, *batches]) == expected
 
 
+class Finalised(torch.utils.data.Dataset):
+    """Rows that say in which process inherited garbage was finalised."""
+
+    def __init__(self):
+        self.processes = multiprocessing.Array("q", 2)
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        gc.collect()
+        return {"input_ids": torch.zeros(2)}
+
+
+def test_a_worker_leaves_inherited_garbage_alone():
+    rows = Finalised()
+
+    class Garbage:
+        def __del__(self):
+            rows.processes[int(multiprocessing.parent_process() is not None)] += 1
+
+    gc.collect()
+    gc.disable()
+    try:
+        cycle = [Garbage()]
+        cycle.append(cycle)
+        del cycle
+        next(iter(create_dataloader(rows, batch_size=1, num_workers=1)))
+        gc.collect()
+    finally:
+        gc.enable()
+    assert list(rows.processes) == [1, 0]
+
+
 def test_workers_end_after_their_parent_was_killed():
     program = """
         import multiprocessing, torch
@@ -216,6 +251,34 @@ def test_workers_end_after_their_parent_was_killed():
     while alive := [pid for pid in workers if running(pid)]:
         assert time.monotonic() < end, f"{alive} outlived their parent"
         time.sleep(0.2)
+
+
+def test_a_worker_that_begins_after_its_parent_was_killed_ends(tmp_path):
+    program = f"""
+        import multiprocessing, os, pathlib, signal, time
+        from llm_trainer.data import _loader
+
+        def work():
+            while os.getppid() == parent:
+                time.sleep(0.01)
+            _loader._begin_worker(0)
+            pathlib.Path({str(tmp_path / "went on")!r}).touch()
+
+        parent = os.getpid()
+        worker = multiprocessing.get_context("fork").Process(target=work)
+        worker.start()
+        print(worker.pid, flush=True)
+        os.kill(parent, signal.SIGKILL)
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True, check=False
+    )
+    worker = int(ended.stdout)
+    end = time.monotonic() + 30
+    while running(worker):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert not (tmp_path / "went on").exists()
 
 
 def running(pid):

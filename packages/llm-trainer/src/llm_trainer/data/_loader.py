@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -243,7 +246,17 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 def _begin_worker(_worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which a terminal or a job queue sends to all processes, to the main one."""
+    """Leave Ctrl-C and SIGTERM, which a terminal or a job queue sends to all processes, to the main one.
+
+    End at once if that is gone: torch's own watch only sees a parent that goes later.
+    """
+    parent = multiprocessing.parent_process()
+    # A fork server is the parent of what it forks.
+    direct = multiprocessing.get_start_method() != "forkserver"
+    if parent is not None and direct and os.getppid() != parent.pid:
+        os._exit(1)
+    # What was inherited is the main process's to finalise, and looking through it would copy its memory.
+    gc.freeze()
 
     def let_the_next_one_end_it(_number: int, _frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
