@@ -450,11 +450,15 @@ def test_what_the_trainer_would_refuse_is_refused_before_the_tokenizer(
 def test_a_missing_compiler_is_found_before_the_tokenizer(
     room: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from torch._inductor import config as inductor
+
     torch.compiler.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-compiler")))
     arguments = ("train", "--config", room / "run.yaml", "--output-dir", tmp_path / "out", "--set")
-    _refused(run(*arguments, "training.compile_model=true"), 1, "apt install g++")
+    with inductor.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler"))}):
+        result = run(*arguments, "training.compile_model=true")
+    torch.compiler.reset()
+    _refused(result, 1, "apt install g++")
     assert not (tmp_path / "out").exists()
 
 
