@@ -25,7 +25,8 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "documents"])
 @pytest.mark.parametrize("band", [256, 48])
-def test_attention_and_its_gradients_equal_a_masked_softmax(dtype, segments, band, monkeypatch):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attention_and_its_gradients_equal_a_masked_softmax(dtype, segments, band, dropout, monkeypatch):
     monkeypatch.setattr("llm_trainer.models._causal_attention._BAND", band)
     monkeypatch.setattr("llm_trainer.models._causal_attention._BAND_SCORES", 3 * band * 120)
     # As the attention gives them: heads beside one another, queries and keys a part of a larger tensor.
@@ -33,56 +34,34 @@ def test_attention_and_its_gradients_equal_a_masked_softmax(dtype, segments, ban
     q, k, v = wide.transpose(1, 2).split(4, dim=1)
     direction = torch.randn(2, 4, 120, 16, dtype=dtype)
     documents = None if segments is None else document_runs(segments)
-    found = causal_attention(q, k, v, documents)
-    (gradient,) = torch.autograd.grad(found, wide, direction)
-
-    exact = wide.detach().double().requires_grad_()
-    q, k, v = exact.transpose(1, 2).split(4, dim=1)
-    mask = allowed_pairs(torch.ones(2, 120) if segments is None else segments + 4 * (segments == 0))
-    weights = (q @ k.transpose(-1, -2) / 4).masked_fill(~mask, -torch.inf).softmax(-1)
-    expected = weights @ v
-    (expected_gradient,) = torch.autograd.grad(expected, exact, direction.double())
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
-    assert distance(found, expected) < tolerance
-    assert distance(gradient, expected_gradient) < tolerance
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "documents"])
-@pytest.mark.parametrize("band", [256, 48])
-def test_attention_with_dropout_and_its_gradients_equal_a_masked_softmax(dtype, segments, band, monkeypatch):
-    monkeypatch.setattr("llm_trainer.models._causal_attention._BAND", band)
-    monkeypatch.setattr("llm_trainer.models._causal_attention._BAND_SCORES", 3 * band * 120)
-    wide = torch.randn(2, 120, 12, 16, dtype=dtype).requires_grad_()
-    q, k, v = wide.transpose(1, 2).split(4, dim=1)
-    direction = torch.randn(2, 4, 120, 16, dtype=dtype)
-    documents = None if segments is None else document_runs(segments)
 
     def attend(values):
         torch.manual_seed(5)
-        return causal_attention(q, k, values, documents, 0.3)
+        return causal_attention(q, k, values, documents, dropout)
 
     found = attend(v)
     (gradient,) = torch.autograd.grad(found, wide, direction)
-    # Values that are unit vectors show the weights, a few columns at a time.
-    units = torch.eye(120, dtype=dtype).split(16 if band == 48 else 8, dim=1)
-    shown = [attend(F.pad(unit, (0, 16 - unit.size(1))).expand(2, 4, 120, 16).contiguous()) for unit in units]
-    kept = torch.cat([x[..., : unit.size(1)] for x, unit in zip(shown, units, strict=True)], dim=-1) != 0
+    # Values that are unit vectors show the weights, some columns at a time.
+    columns = F.pad(torch.eye(120, dtype=dtype), (0, 8)).split(16, dim=1)
+    kept = torch.cat([attend(x.expand(2, 4, 120, 16)) for x in columns], dim=-1)[..., :120] != 0
 
     exact = wide.detach().double().requires_grad_()
     q_, k_, v_ = exact.transpose(1, 2).split(4, dim=1)
     mask = allowed_pairs(torch.ones(2, 120) if segments is None else segments + 4 * (segments == 0))
     weights = (q_ @ k_.transpose(-1, -2) / 4).masked_fill(~mask, -torch.inf).softmax(-1)
-    expected = (weights * kept / 0.7) @ v_
+    expected = (weights * kept / (1 - dropout)) @ v_
     (expected_gradient,) = torch.autograd.grad(expected, exact, direction.double())
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
     assert distance(found, expected) < tolerance
     assert distance(gradient, expected_gradient) < tolerance
     pairs = mask.expand_as(kept)
-    deviation = (0.3 * 0.7 / pairs.sum().item()) ** 0.5
-    assert kept[pairs].double().mean().item() == pytest.approx(0.7, abs=4 * deviation)
     assert not kept[~pairs].any()
-    # Every head, row and band has choices of its own.
+    if not dropout:
+        assert kept[pairs].all()
+        return
+    deviation = (dropout * (1 - dropout) / pairs.sum().item()) ** 0.5
+    assert kept[pairs].double().mean().item() == pytest.approx(1 - dropout, abs=4 * deviation)
+    # Every head and row has choices of its own.
     assert len({tuple(row.flatten().tolist()) for row in kept[:, :, 30:100, 30:].flatten(0, 1)}) == 8
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_trainer.exceptions import ModelInputError
+
 
 class LayerCache:
     """Room for one layer's keys and values, filled in place from the left.
@@ -21,11 +23,11 @@ class LayerCache:
         """Store new keys and values and return views of all so far.
 
         Raises:
-            ValueError: There is no room for them.
+            ModelInputError: There is no room for them.
         """
         start, end = self.length, self.length + keys_BKTC.size(2)
         if end > self._keys.size(2):
-            raise ValueError(
+            raise ModelInputError(
                 f"The cache has room for {self._keys.size(2)} tokens, but {end} are to be in it; "
                 f"make a larger one with new_cache."
             )

@@ -122,9 +122,8 @@ class TransformerLM(nn.Module):
 
         Raises:
             ModelInputError: Shapes do not fit, the ids are no integers or (on a CPU) not in the vocabulary,
-                the sequence is longer than `max_seq_len`, or a cache comes with labels, a mask, or gradient
-                checkpointing in training. It is a `ValueError` too.
-            ValueError: The sequence has no room in the cache.
+                the sequence is longer than `max_seq_len` or has no room in the cache, or a cache comes with
+                labels, a mask, or gradient checkpointing in training. It is a `ValueError` too.
         """
         if cache is not None and labels is not None:
             raise ModelInputError(
