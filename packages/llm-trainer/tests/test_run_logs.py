@@ -1,4 +1,5 @@
 import csv
+import importlib
 import json
 import math
 import resource
@@ -405,6 +406,8 @@ def test_wandb_needs_no_folder(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
+    # Its service keeps the folder in which a process began to use it.
+    importlib.import_module("wandb").teardown()
     (logger,) = make_trainer(report_to=["wandb"])._loggers
     write_run(logger, range(1, 3))
     write_run(logger, range(3, 4), 2)
