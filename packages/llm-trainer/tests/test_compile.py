@@ -1,11 +1,20 @@
 import dataclasses
+import os
+import signal
+import threading
 
 import pytest
 import torch
+from llm_trainer.config import DataConfig, ModelConfig, TrainingConfig
+from llm_trainer.data import LanguageModelingDataset
 from llm_trainer.exceptions import TrainingError
 from llm_trainer.models import TransformerLM
 from llm_trainer.models._compile import compile_blocks_
+from llm_trainer.training import Callback, Trainer
+from llm_trainer.training._checkpoint_folder import newest_checkpoint
+from torch._dynamo.callback import callback_handler as compiler_callbacks
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
 pytestmark = [
     # torch's own access, when it traces a function that defines its own gradient.
@@ -104,8 +113,125 @@ def test_dropout_of_compiled_blocks_continues_from_a_saved_state_to_the_bit(tiny
     assert not all(map(torch.equal, whole, run(model, work[1:])))
 
 
+def without_compiler(folder):
+    # pytest's own patching deletes the setting at its end.
+    return inductor.patch({"cpp.cxx": (None, str(folder / "no-compiler"))})
+
+
 def test_a_missing_compiler_is_found_at_the_start(build, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-compiler")))
-    with pytest.raises(TrainingError, match=r"C\+\+ compiler.*CXX.*compile_model=False"):
+    with (
+        without_compiler(tmp_path),
+        pytest.raises(TrainingError, match=r"C\+\+ compiler.*CXX.*compile_model=False"),
+    ):
         compile_blocks_(build())
+
+
+@pytest.fixture
+def make_trainer(tokenizer, corpus, tmp_path):
+    # Documents of unequal length, each a row, of which a batch is as long as the longest.
+    texts = [text[: 9 + 4 * number] for number, text in enumerate(corpus[:10])]
+    rows = LanguageModelingDataset(texts, tokenizer, max_length=32, pack_sequences=False)
+
+    def make(folder, *callbacks, seed=0, n_layers=2, train=rows, **settings):
+        torch.manual_seed(seed)
+        model = TransformerLM(
+            ModelConfig(
+                vocab_size=tokenizer.vocab_size,
+                d_model=32,
+                n_heads=2,
+                n_layers=n_layers,
+                d_ff=48,
+                max_seq_len=32,
+                positions="rope",
+                dropout=0.2,
+                attention_dropout=0.1,
+            )
+        )
+        defaults = {"batch_size": 3, "max_steps": 6, "save_steps": 100, "report_to": (), "logging_steps": 1}
+        config = TrainingConfig(
+            **(defaults | settings), compile_model=True, checkpoint_dir=str(tmp_path / folder)
+        )
+        return Trainer(model, tokenizer, config, train, None, callbacks, device="cpu", show_progress=False)
+
+    return make
+
+
+class Terminate(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, trainer):
+        if trainer.step == self.step:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def assert_equal_runs(one, other):
+    assert [(r.step, r.train_loss) for r in one.history] == [(r.step, r.train_loss) for r in other.history]
+    for name, tensor in one.model.state_dict().items():
+        assert torch.equal(tensor, other.model.state_dict()[name]), name
+
+
+def test_a_compiled_run_is_resumed_to_the_bit(make_trainer):
+    whole = make_trainer("whole", Terminate(-1))
+    whole.train()
+    assert whole.model.run_block is not TransformerLM(whole.model.config).run_block
+    with pytest.raises(SystemExit):
+        make_trainer("part", Terminate(3)).train()
+    torch.compiler.reset()
+    resumed = make_trainer("part", Terminate(-1), seed=4)
+    resumed.train("latest")
+    assert resumed.resumed_after == [3]
+    assert_equal_runs(whole, resumed)
+
+
+def test_layers_share_their_graphs(make_trainer):
+    graphs = []
+    for n_layers in (1, 4):
+        torch.compiler.reset()
+        counters.clear()
+        make_trainer(str(n_layers), n_layers=n_layers, max_steps=4).train()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[1]
+
+
+@pytest.mark.slow
+def test_a_signal_within_the_compiler_ends_it_and_changes_no_bit(make_trainer, tmp_path, monkeypatch):
+    # Or an earlier run's code would be found, and there would be nothing to cut short.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    timers = []
+
+    def send_soon(*_):
+        # The compiler is at the first of the blocks: what only tries it out comes before the training.
+        if part._loop is not None and not timers:
+            timers.append(threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)))
+            timers[0].start()
+
+    part = make_trainer("part")
+    compiler_callbacks.register_start_callback(send_soon)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            part.train()
+    finally:
+        compiler_callbacks.remove_start_callback(send_soon)
+        for timer in timers:
+            timer.cancel()
+    assert (ended.value.code, part.compiles_first_step) == (143, True)
+    newest, passed = newest_checkpoint(tmp_path / "part")
+    assert (newest.step, passed) == (0, [])
+    # In this process, as after a new start.
+    resumed = make_trainer("part", seed=4)
+    resumed.train("latest")
+    whole = make_trainer("whole")
+    whole.train()
+    assert_equal_runs(whole, resumed)
+
+
+def test_a_missing_compiler_is_found_before_the_text_is_read(make_trainer, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("".join(corpus))
+    data = DataConfig(train_file=str(tmp_path / "text.txt"), max_length=24, min_length=1)
+    trainer = make_trainer("run", train=None, output_dir=str(tmp_path / "out"))
+    with without_compiler(tmp_path), pytest.raises(TrainingError, match=r"C\+\+ compiler"):
+        trainer.train_from_config(trainer.model.config, data)
+    assert not (tmp_path / "out").exists()

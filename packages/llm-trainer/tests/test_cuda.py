@@ -67,6 +67,8 @@ def test_each_optimizer_takes_the_step_that_it_takes_on_the_cpu(optimizer: str):
     x = torch.randn(5, 8)
     for model in models:
         chosen = create_optimizer(model, optimizer, learning_rate=0.01)
+        fused = chosen.parts["adamw"] if optimizer == "muon" else chosen
+        assert all(group["fused"] for group in fused.param_groups)
         for _ in range(3):
             chosen.zero_grad()
             model(x.to(model.weight.device)).square().sum().backward()

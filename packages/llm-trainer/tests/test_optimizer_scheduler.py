@@ -176,6 +176,15 @@ def test_every_parameter_is_optimised_once(build):
     assert {parameter.dim() for parameter in groups[1]["params"]} == {1}
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd", "muon"])
+def test_updates_are_fused(build, kind):
+    optimizer = create_optimizer(build(), kind)
+    # Muon has no fused form; the AdamW beside it has.
+    fused = optimizer.parts["adamw"] if kind == "muon" else optimizer
+    assert fused.defaults["fused"] is True
+    assert [group["fused"] for group in fused.param_groups] == [True, True]
+
+
 def test_wrong_names_and_numbers():
     model = nn.Linear(2, 1)
     with pytest.raises(ConfigurationError, match="'adamz'"):
