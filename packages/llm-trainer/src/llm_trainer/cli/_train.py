@@ -24,7 +24,7 @@ from llm_trainer.data import LanguageModelingDataset, create_dataloader, load_sp
 from llm_trainer.data._splits import checked_sources, held_out
 from llm_trainer.exceptions import CheckpointError, ConfigurationError
 from llm_trainer.models import TransformerLM
-from llm_trainer.models._compile import compile_blocks_
+from llm_trainer.models._compile import check_compiler
 from llm_trainer.models._model_files import read_model
 from llm_trainer.tokenizer import Tokenizer, load_tokenizer
 from llm_trainer.training import Trainer, set_seed
@@ -118,9 +118,7 @@ def _check_settings(run: RunConfig, output: Path, device: torch.device) -> None:
     create_loggers(training.report_to, output, training.run_name)
     check_evaluations(training, configured_callbacks(training), has_rows=held_out(run.data) is not None)
     if training.compile_model:
-        # Any model tells whether there is a compiler.
-        shape = ModelConfig(vocab_size=1, d_model=2, n_heads=1, n_layers=1, d_ff=1, max_seq_len=1)
-        compile_blocks_(TransformerLM(shape).to(device))
+        check_compiler(device)
 
 
 def _check_memory(model: ModelConfig, device: torch.device) -> None:

@@ -38,16 +38,12 @@ def _increment(x: Tensor) -> Tensor:
     return x + 1
 
 
-def compile_blocks_(model: TransformerLM) -> None:
-    """Let the model run its blocks compiled, but for generation with a cache.
-
-    Compiling happens at the first batches. State dictionaries keep their names. Dropout's random numbers come
-    from torch's generator, though not the same ones as without compiling.
+def check_compiler(device: torch.device) -> None:
+    """Compile something small.
 
     Raises:
         TrainingError: Nothing can be compiled here; most often a C++ compiler is missing.
     """
-    device = model.embedding.weight.device
     try:
         torch.compile(_increment, fullgraph=True)(torch.zeros(8, device=device))
     except RuntimeError as error:
@@ -57,6 +53,18 @@ def compile_blocks_(model: TransformerLM) -> None:
             "needs a C++ compiler: install g++ (Debian: apt install g++), or name one in the environment "
             "variable CXX; or train with compile_model=False."
         ) from error
+
+
+def compile_blocks_(model: TransformerLM) -> None:
+    """Let the model run its blocks compiled, but for generation with a cache.
+
+    Compiling happens at the first batches. State dictionaries keep their names. Dropout's random numbers come
+    from torch's generator, though not the same ones as without compiling.
+
+    Raises:
+        TrainingError: See `check_compiler`.
+    """
+    check_compiler(model.embedding.weight.device)
     # The compiler counts the graphs of a function's code, and refuses more than a few: so each model has code
     # of its own, and the limit leaves room for every kind of batch.
     code = _run_block.__code__.replace(co_name=f"{_run_block.__name__}_{next(_numbers)}")
