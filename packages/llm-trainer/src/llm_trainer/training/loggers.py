@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_trainer.config._training import REPORTS
-from llm_trainer.exceptions import ConfigurationError
+from llm_trainer.exceptions import ConfigurationError, MissingPackageError
 from llm_trainer.training._logs._base import RunLogger
 from llm_trainer.training._logs._tables import CsvLogger, JsonlLogger
 from llm_trainer.training._logs._tensorboard import TensorBoardLogger
@@ -33,7 +33,7 @@ LOGGERS = REPORTS
 """The names that `report_to` may hold, beside "none"."""
 
 
-class MissingLoggerError(ConfigurationError, ImportError):
+class MissingLoggerError(ConfigurationError, MissingPackageError):
     """A log was asked for whose library is not installed."""
 
 
