@@ -1,6 +1,12 @@
 """What auto-round-core raises of its own."""
 
-__all__ = ["AutoRoundError", "CheckpointError", "ConfigurationError"]
+__all__ = [
+    "AutoRoundError",
+    "CheckpointError",
+    "ConfigurationError",
+    "UnsafeFileError",
+    "UnsafeLoadWarning",
+]
 
 
 class AutoRoundError(Exception):
@@ -13,3 +19,11 @@ class ConfigurationError(AutoRoundError, ValueError):
 
 class CheckpointError(AutoRoundError, RuntimeError):
     """A checkpoint is missing a part, is damaged, or holds what may not be loaded."""
+
+
+class UnsafeFileError(CheckpointError):
+    """A file asks for code to be run, or for more than tensors and plain containers; nothing was run."""
+
+
+class UnsafeLoadWarning(UserWarning):
+    """A file is read with `allow_unsafe=True`, so whatever code it names is run."""
