@@ -5,6 +5,7 @@ import io
 import json
 import os
 import struct
+import tarfile
 import threading
 import zipfile
 from pathlib import Path
@@ -196,6 +197,20 @@ def test_rows_that_are_not_there(tmp_path: Path, rows: Any, message: str) -> Non
         assert "'a.weight'" in str(caught.value)
         with pytest.raises(CheckpointError, match="scalar"):
             reader.read_rows("s", slice(0, 1))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_another_default_device_changes_nothing(tmp_path: Path, zipped: bool) -> None:
+    weight = torch.arange(12.0).reshape(4, 3)
+    torch.save({"a": weight.t()}, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped)
+    rows = torch.tensor([2, 0, 2])
+    with torch.device("meta"), CheckpointReader(tmp_path / "x.bin") as reader:
+        whole = reader.read("a", dtype=torch.float64)
+        part = reader.read_rows("a", rows)
+        turned = reader.read_rows("a", slice(None, None, -1))
+    assert whole.tolist() == weight.t().tolist()
+    assert part.tolist() == weight.t()[rows].tolist()
+    assert turned.tolist() == weight.t().flip(0).tolist()
 
 
 def test_what_is_read_belongs_to_the_caller(tmp_path: Path) -> None:
@@ -490,6 +505,13 @@ def test_a_name_in_two_shards_without_index(tmp_path: Path) -> None:
         CheckpointReader(tmp_path)
 
 
+def test_shards_of_two_checkpoints_without_index(tmp_path: Path) -> None:
+    for name in ("model-00001-of-00002.safetensors", "model-00001-of-00003.safetensors"):
+        save_file({"a": torch.ones(1)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match="several checkpoints: of 00002 and of 00003"):
+        CheckpointReader(tmp_path)
+
+
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no weights: none of model.safetensors"):
         CheckpointReader(tmp_path)
@@ -577,3 +599,36 @@ def test_large_archives_with_64_bit_fields(tmp_path: Path) -> None:
                 file.write(content)
     with CheckpointReader(tmp_path / "wide.bin") as reader:
         assert reader.read("a").tolist() == [0, 1, 2, 3]
+
+
+def test_records_that_reach_outside(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "x.bin")
+    content = bytearray((tmp_path / "x.bin").read_bytes())
+    entry_start = content.rindex(b"PK\x01\x02", 0, content.rindex(b"x/data/0"))
+    # Both of the directory's sizes of a record of 16 bytes.
+    content[entry_start + 20 : entry_start + 28] = struct.pack("<2L", 1 << 30, 1 << 30)
+    (tmp_path / "long.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"long\.bin.*data/0.*1073741824 bytes reach outside"):
+        CheckpointReader(tmp_path / "long.bin")
+    content[entry_start + 20 : entry_start + 28] = struct.pack("<2L", 600, 600)
+    (tmp_path / "over.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"over\.bin.*overlap|over\.bin.*reach outside"):
+        CheckpointReader(tmp_path / "over.bin")
+
+
+def test_a_tensor_that_repeats_a_few_bytes_without_end(tmp_path: Path) -> None:
+    endless = torch.ones(1).expand(1 << 40)
+    for zipped in (True, False):
+        torch.save({"a": endless}, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(CheckpointError, match=r"x\.bin.*repeats 4 bytes"):
+            CheckpointReader(tmp_path / "x.bin")
+    torch.save({"a": torch.ones(1).expand(1000)}, tmp_path / "y.bin")
+    with CheckpointReader(tmp_path / "y.bin") as reader:
+        assert reader.read("a").sum() == 1000
+
+
+def test_the_tar_format_of_torch_0_1(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.bin", "w", format=tarfile.USTAR_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("sys_info"))
+    with pytest.raises(CheckpointError, match=r"x\.bin cannot be loaded"):
+        CheckpointReader(tmp_path / "x.bin")

@@ -379,6 +379,27 @@ def test_the_number_of_containers_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
         loads(b"\x80\x04](" + b"\x8f" * 1000 + b"e.")
 
 
+COPIES = {
+    "sets of a list": b"cbuiltins\nset\n\x94](" + b"K\x01" * 1000 + b"e\x85\x94",
+    "bytearrays": b"cbuiltins\nbytearray\n\x94B" + struct.pack("<L", 1000) + bytes(1000) + b"\x85\x94",
+    "bytes of text": b"c_codecs\nencode\n\x94X" + struct.pack("<L", 1000) + b"a" * 1000 + b"\x85\x94",
+    "sizes": b"ctorch\nSize\n\x94(" + b"K\x01" * 1000 + b"t\x85\x94",
+    "ordered dictionaries": (
+        b"ccollections\nOrderedDict\n\x94}(" + b"".join(b"M%bN" % struct.pack("<H", n) for n in range(1000))
+    )
+    + b"u\x85\x94",
+}
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_copies_upon_copies_are_bounded(case: str) -> None:
+    # Six bytes for a thousand more, again and again.
+    start = b"\x80\x04(" + COPIES[case]
+    assert len(loads(start + b"h\x00h\x01R" * 10 + b"t.")) == 12
+    with pytest.raises(UnsafeFileError, match="copies upon copies"):
+        loads(start + b"h\x00h\x01R" * 6000 + b"t.")
+
+
 def test_deep_nesting_is_no_crash() -> None:
     found = loads(b"\x80\x04" + b"]" * 200_000 + b"a" * 199_999 + b".")
     assert isinstance(found[0], list)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickletools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,9 @@ from auto_round.exceptions import CheckpointError, UnsafeFileError
 MOST_CONTAINERS = 5_000_000
 """Containers that a pickle may make; a single byte of it is enough for one that takes 200."""
 
-_MOST_KEY_PARTS = 1000
+_MOST_KEY_PARTS = 100
+# Where each value is copied but once, all copies together are no longer than the pickle; this leaves room.
+_MOST_COPIES = 16
 _SCALARS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
 _MARK: Any = object()
 
@@ -68,13 +70,16 @@ class Machine:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._containers = 0
+        self._copied = 0
+        self._most_copied = 0
 
     def run(self, data: bytes) -> Any:
         """Return what the pickle describes; `data` must end where it does.
 
         Raises:
             UnsafeFileError: It names something that is not allowed, which the message shows, or makes more
-                than `MOST_CONTAINERS` containers, or a key that would take too long to hash.
+                than `MOST_CONTAINERS` containers, copies upon copies of them, or a key that would take too
+                long to hash.
             CheckpointError: It is damaged.
         """
         stream = io.BytesIO(data)
@@ -90,6 +95,7 @@ class Machine:
             UnsafeFileError: As for `run`.
             CheckpointError: As for `run`.
         """
+        self._most_copied = _MOST_COPIES * len(stream.getbuffer())
         try:
             for opcode, argument, _ in pickletools.genops(stream):
                 if opcode.name == "STOP":
@@ -234,7 +240,12 @@ class Machine:
     def _call(self, function: Any, arguments: Any) -> None:
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
             self._refuse(f"a call of {shown(function)}")
-        self._new(self._calls[function.full](*cast("tuple[Any, ...]", arguments)))
+        values = cast("tuple[Any, ...]", arguments)
+        # A few bytes can ask for another copy of all that came before.
+        self._copied += sum(len(value) for value in values if isinstance(value, Sized))
+        if self._copied > self._most_copied:
+            self._refuse("copies upon copies of its content")
+        self._new(self._calls[function.full](*values))
 
     def _set_items(self, pairs: list[Any]) -> None:
         target = self._top()

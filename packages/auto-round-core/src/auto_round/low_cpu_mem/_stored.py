@@ -109,7 +109,7 @@ class StoredTensor:
         # A new run begins where the next row in the file is neither the same nor the one after.
         starts = [0, *_numbers(torch.nonzero(wanted.diff() > 1).flatten() + 1), len(wanted)]
         # Rows that go to consecutive places, each once, need no detour.
-        straight = torch.ones(len(wanted), dtype=torch.int64)
+        straight = torch.ones_like(wanted)
         straight[1:] = (wanted.diff() == 1) & (order.diff() == 1)
         detours = [0, *_numbers(torch.cumsum(1 - straight, 0))]
         at_once = max(1, PIECE_BYTES // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize))
@@ -145,7 +145,8 @@ class StoredTensor:
         order = sorted(range(len(self.shape)), key=lambda dimension: -self.stride[dimension])
         target = result.permute(order)
         stride = tuple(self.stride[dimension] for dimension in order)
-        buffer = torch.empty(_buffer_values(tuple(target.shape), stride, self.dtype), dtype=self.dtype)
+        values = _buffer_values(tuple(target.shape), stride, self.dtype)
+        buffer = torch.empty(values, dtype=self.dtype, device="cpu")
         self._fill_pieces(target, self.offset, stride, buffer)
 
     def _fill_pieces(self, target: Tensor, offset: int, stride: tuple[int, ...], buffer: Tensor) -> None:

@@ -231,14 +231,18 @@ class _Builder:
             raise ValueError("a tensor's shape and strides differ in length")
         start = storage.start + _integers((offset,))[0] * dtype.itemsize
         tensor = StoredTensor(source=self._source, offset=start, dtype=dtype, shape=shape, stride=steps)
-        try:
-            # An empty tensor may stand anywhere, and often does.
-            if math.prod(shape):
-                tensor.check(storage.start, storage.start + storage.size)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self._source.path}: a tensor is damaged: {error}.") from None
+        # An empty tensor may stand anywhere, and often does.
+        if math.prod(shape):
+            _check(tensor, storage.start, storage.start + storage.size)
         # Conjugate and negated views need arithmetic after reading.
         return WholeOnly("a conjugate or negated view") if metadata else tensor
+
+
+def _check(tensor: StoredTensor, start: int, end: int) -> None:
+    try:
+        tensor.check(start, end)
+    except CheckpointError as error:
+        raise CheckpointError(f"{tensor.source.path}: a tensor is damaged: {error}.") from None
 
 
 def _integers(values: Any) -> tuple[int, ...]:
@@ -334,12 +338,15 @@ def _no_state_dict(path: Path, value: Any) -> CheckpointError:
 def _held(tensor: Tensor, path: Path, memories: dict[int, MemorySource]) -> StoredTensor:
     key = tensor.untyped_storage().data_ptr()
     if key not in memories:
-        whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+        whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage())
         memories[key] = MemorySource(memory_of(whole) if whole.numel() else b"", path, owner=whole)
-    return StoredTensor(
+    held = StoredTensor(
         source=memories[key],
         offset=int(tensor.storage_offset()) * tensor.element_size(),
         dtype=tensor.dtype,
         shape=tuple(tensor.shape),
         stride=tensor.stride(),
     )
+    if tensor.numel():
+        _check(held, 0, memories[key].size)
+    return held
