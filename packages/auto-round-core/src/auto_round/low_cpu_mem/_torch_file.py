@@ -176,7 +176,7 @@ class _Builder:
                     f"{path} asks for the persistent object {shown(identifier)}; only storages are read."
                 )
         record = self._records.get(f"data/{key}")
-        if record is None or "/" in key:
+        if record is None:
             raise UnsafeFileError(
                 f"{path} asks for the storage {shown(key)}, which is not among the records of the file."
             )
