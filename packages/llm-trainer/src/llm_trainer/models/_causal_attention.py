@@ -149,25 +149,43 @@ def _backward(
     documents_K3: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = q_BHTC, k_BHTC, v_BHTC
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    if q_BHTC.dtype == torch.bfloat16:
+        return _backward_by_bands(grad_BHTC, *inputs, documents_K3)
+    grads = _contiguous_like(*inputs)
     for rows, tokens in _groups(documents_K3, q_BHTC.size(0), q_BHTC.size(2)):
         part = rows, slice(None), tokens
-        grad, q, k, v, out, log_sums = (
-            x[part] for x in (grad_BHTC, q_BHTC, k_BHTC, v_BHTC, out_BHTC, log_sums_BHT)
+        given = (x[part] for x in (grad_BHTC, *inputs, out_BHTC, log_sums_BHT))
+        found = cast(
+            "list[Tensor]",
+            _aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, 0.0, True),
         )
-        if q.dtype == torch.bfloat16:
-            merged = _banded_backward(_merged(grad), _merged(q), _merged(k), _merged(v))
-            found = [_unmerged(x, q) for x in merged]
-        else:
-            found = cast(
-                "list[Tensor]",
-                _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    grad, q, k, v, out, log_sums, 0.0, True
-                ),
-            )
         for whole, piece in zip(grads, found, strict=True):
             whole[part] = piece
-    return grads[0], grads[1], grads[2]
+    return grads
+
+
+def _backward_by_bands(
+    grad_BHTC: Tensor,
+    q_BHTC: Tensor,
+    k_BHTC: Tensor,
+    v_BHTC: Tensor,
+    documents_K3: Tensor | None,
+    dropout: _Dropout | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = q_BHTC, k_BHTC, v_BHTC
+    grads = _contiguous_like(*inputs)
+    for rows, tokens in _groups(documents_K3, q_BHTC.size(0), q_BHTC.size(2)):
+        part = rows, slice(None), tokens
+        grad, q, k, v = (_merged(x[part]) for x in (grad_BHTC, *inputs))
+        for whole, found in zip(grads, _banded_backward(grad, q, k, v, dropout), strict=True):
+            whole[part] = _unmerged(found, whole[part])
+    return grads
+
+
+def _contiguous_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return empty tensors for their gradients."""
+    empty = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return next(empty), next(empty), next(empty)
 
 
 class _Dropout:
@@ -268,14 +286,7 @@ def _backward_with_dropout(
     probability: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dropout = _Dropout(probability, seed)
-    inputs = q_BHTC, k_BHTC, v_BHTC
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-    for rows, tokens in _groups(documents_K3, q_BHTC.size(0), q_BHTC.size(2)):
-        part = rows, slice(None), tokens
-        grad, q, k, v = (_merged(x[part]) for x in (grad_BHTC, *inputs))
-        for whole, found in zip(grads, _banded_backward(grad, q, k, v, dropout), strict=True):
-            whole[part] = _unmerged(found, whole[part])
-    return grads[0], grads[1], grads[2]
+    return _backward_by_bands(grad_BHTC, q_BHTC, k_BHTC, v_BHTC, documents_K3, dropout)
 
 
 _library = cast("Any", torch.library.Library("llm_trainer", "FRAGMENT"))
@@ -307,7 +318,7 @@ def _describe_forward_with_dropout(q: Tensor, *_: object) -> tuple[Tensor, Tenso
 
 
 def _describe_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: object) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return _contiguous_like(q, k, v)
 
 
 _register_fake = cast("Any", torch.library).register_fake
