@@ -62,10 +62,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients: bool,
     ) -> Tensor:
         x, weight = x_ND.to(dtype), weight_VD.to(dtype)
-        # Once, instead of for each chunk.
-        weight_DV = weight.T.contiguous() if serves(x, weight) else weight.T
         # needs_input_grad only tells of the inputs; whether gradients are wanted at all, the caller must.
         needs_x, needs_weight = (gradients and needed for needed in ctx.needs_input_grad[:2])
+        # Copied once, instead of for each chunk.
+        weight_DV = weight.T.contiguous() if needs_x and serves(x, weight) else weight.T
         grad_x = torch.empty_like(x) if needs_x else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         kept_N1 = (targets_N != IGNORE_INDEX)[:, None]
