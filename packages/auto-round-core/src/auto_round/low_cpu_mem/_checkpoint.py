@@ -102,13 +102,13 @@ class CheckpointReader:
         with ExitStack() as undo:
             undo.callback(self.close)
             if source is not None:
-                self._add(path, self._find_in(source))
+                self._add(source)
             elif path.is_dir():
                 self._open_folder()
             elif path.name.endswith(INDEX_END):
                 self._open_index(path)
             else:
-                self._add(path, self._find_in(FileSource(path)))
+                self._add(FileSource(path))
             undo.pop_all()
         self._shares = _find_shared(self._tensors)
 
@@ -228,13 +228,13 @@ class CheckpointReader:
                 if name.endswith(INDEX_END):
                     self._open_index(path)
                 else:
-                    self._add(path, self._find_in(FileSource(path)))
+                    self._add(FileSource(path))
                 return
         for pattern in _SHARDS:
             shards = sorted(path.name for path in self.path.iterdir() if pattern.fullmatch(path.name))
             if shards:
                 for name in _complete(self.path, shards, pattern):
-                    self._add(self.path / name, self._find_in(FileSource(self.path / name)))
+                    self._add(FileSource(self.path / name))
                 return
         raise CheckpointError(
             f"{self.path} has no weights: none of {', '.join(_WEIGHTS)}, and no numbered shards. If they "
@@ -260,12 +260,14 @@ class CheckpointReader:
         self._sources.append(source)
         return find_tensors(source)
 
-    def _add(self, path: Path, tensors: dict[str, StoredTensor | WholeOnly]) -> None:
-        for name, stored in tensors.items():
+    def _add(self, source: Source) -> None:
+        for name, stored in self._find_in(source).items():
             if name in self._tensors:
-                raise CheckpointError(f"{self._files[name]} and {path} both have a tensor {shown(name)}.")
+                raise CheckpointError(
+                    f"{self._files[name]} and {source.path} both have a tensor {shown(name)}."
+                )
             self._tensors[name] = stored
-            self._files[name] = path
+            self._files[name] = source.path
 
 
 def kind_of(source: Source) -> Literal["safetensors", "zip", "legacy", "other"]:
