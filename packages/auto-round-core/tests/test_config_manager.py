@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -573,6 +574,21 @@ def test_at_no_line_of_an_update_could_half_of_it_be_read():
     assert list(dict.fromkeys(seen)) == [(4, 128, 4, 8), (2, 32, 2, 1)]
 
 
+@contextmanager
+def all_running(threads):
+    """Threads that take turns far more often than usual; at the end all are awaited."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        yield
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_no_thread_sees_half_of_an_update():
     config = AutoRoundConfig()
     pairs = [(2, 32, 1), (8, 128, 2), (3, 64, 3)]
@@ -598,19 +614,10 @@ def test_no_thread_sees_half_of_an_update():
             count += 1
         reads.append(count)
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=write, args=pair) for pair in pairs]
-        threads += [threading.Thread(target=read) for _ in range(2)]
-        for thread in threads:
-            thread.start()
+    threads = [threading.Thread(target=write, args=pair) for pair in pairs]
+    with all_running([*threads, *(threading.Thread(target=read) for _ in range(2))]):
         stop.wait(0.5)
         stop.set()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
     assert not wrong
     assert min(reads) > 10
 
@@ -626,15 +633,7 @@ def test_no_update_is_lost():
             if getattr(config.quantization, field) != number:
                 lost.append((field, number))
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=count, args=(field,)) for field in fields]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    with all_running([threading.Thread(target=count, args=(field,)) for field in fields]):
+        pass
     assert not lost
     assert [getattr(config.quantization, field) for field in fields] == [200] * 4
