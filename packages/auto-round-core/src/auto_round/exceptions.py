@@ -4,6 +4,8 @@ __all__ = [
     "AutoRoundError",
     "CheckpointError",
     "ConfigurationError",
+    "MissingPackageError",
+    "QuantizationError",
     "UnsafeFileError",
     "UnsafeLoadWarning",
 ]
@@ -19,6 +21,14 @@ class ConfigurationError(AutoRoundError, ValueError):
 
 class CheckpointError(AutoRoundError, RuntimeError):
     """A checkpoint is missing a part, is damaged, or holds what may not be loaded."""
+
+
+class QuantizationError(AutoRoundError, ValueError):
+    """Numbers cannot be had in a format: they are not finite, beyond its range, or of a wrong form."""
+
+
+class MissingPackageError(AutoRoundError, ImportError):
+    """A library that is needed only for what was asked is not installed; the message says how to get it."""
 
 
 class UnsafeFileError(CheckpointError):

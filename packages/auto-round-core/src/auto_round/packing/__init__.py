@@ -1,0 +1,1 @@
+"""Packing: how the codes of quantised weights lie in words and bytes."""

@@ -1,0 +1,1 @@
+"""Quantisation: number formats, rounding, calibration and training."""
