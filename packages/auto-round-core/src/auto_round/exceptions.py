@@ -2,6 +2,7 @@
 
 __all__ = [
     "AutoRoundError",
+    "CalibrationError",
     "CheckpointError",
     "ConfigurationError",
     "MissingPackageError",
@@ -17,6 +18,10 @@ class AutoRoundError(Exception):
 
 class ConfigurationError(AutoRoundError, ValueError):
     """A setting is unknown, out of range, or contradicts another."""
+
+
+class CalibrationError(AutoRoundError, ValueError):
+    """Calibration data is missing, cannot be read, is too short, or is not what the model takes."""
 
 
 class CheckpointError(AutoRoundError, RuntimeError):
