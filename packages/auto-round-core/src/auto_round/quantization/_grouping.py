@@ -8,7 +8,7 @@ from torch import Tensor
 
 from auto_round.exceptions import ConfigurationError, QuantizationError
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 _USUAL_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 
