@@ -127,8 +127,8 @@ def test_no_weight_is_further_than_half_a_step_from_its_number(bits, symmetric):
     result = quantised(weight, bits, 32, symmetric, F32)
     error = (result.dequantize() - weight).abs().view(16, 2, 32)
     step = result.effective_scale().abs().unsqueeze(-1)
-    # Asymmetric: moving the zero point to a whole number may cut off half a step at either end. Symmetric:
-    # the smaller end may be one step beyond the last code.
+    # At an end more than half is possible: a whole zero point cuts off up to half a step, and the smaller
+    # end of a symmetric range is up to one step beyond the last code.
     assert bool((error <= step * 1.001).all())
     inner = (result.codes > 0) & (result.codes < 2**bits - 1)
     assert bool((error.flatten(1)[inner] <= (step * 0.5001).expand_as(error).flatten(1)[inner]).all())
@@ -200,6 +200,14 @@ def test_the_range_spans_zero_and_the_largest_floats():
     low, high = group_range(torch.tensor([[[1.0, 2.0], [-1.0, -2.0], [3e38, -3e38]]]))
     assert low.tolist() == [[0.0, -2.0, torch.tensor(-3e38).item()]]
     assert high.tolist() == [[2.0, 0.0, torch.tensor(3e38).item()]]
+
+
+def test_weights_are_divided_by_their_scales():
+    """Half a step is exactly half, and goes to the even code; times the reciprocal it often would not."""
+    scale = torch.linspace(0.001, 0.3, 997).half().float()[:, None]
+    weight = (2.5 * scale)[:, :, None]
+    assert bool((round_to_codes(weight, scale, None, 4) == 8 + 2).all())
+    assert bool((weight * (1 / scale[:, :, None]) > 2.5).any())
 
 
 def test_an_offset_decides_how_weights_are_rounded():
