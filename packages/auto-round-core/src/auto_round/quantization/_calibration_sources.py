@@ -105,17 +105,19 @@ def _open_sequence(data: Sequence[object], rng: random.Random) -> Source:
     first = data[0]
     if isinstance(first, int | np.integer) and not isinstance(first, bool):
         return Source("the token ids", iter([Element(0, "the token ids", data)]))
-    if isinstance(first, str | Path):
-        paths = [Path(item) for item in data if isinstance(item, str | Path) and _names_a_file(item)]
-        if paths and len(paths) < len(data):
-            other = next(item for item in data if not _names_a_file(item))
-            raise CalibrationError(
-                f"Some of the calibration data are paths, such as {paths[0]}, and {shown(other)} names no "
-                "file. Give texts alone, or paths of files that exist."
-            )
-        if paths:
-            name = str(paths[0]) if len(paths) == 1 else f"the {len(paths)} files from {paths[0]} on"
-            return Source(name, file_elements(paths, rng))
+    paths = [Path(item) for item in data if isinstance(item, str | Path) and _names_a_file(item)]
+    if len(paths) == len(data):
+        name = str(paths[0]) if len(paths) == 1 else f"the {len(paths)} files from {paths[0]} on"
+        return Source(name, file_elements(paths, rng))
+    if paths:
+        # A text may be the name of a file by chance, but the others are then no names at all.
+        named = any(isinstance(item, Path) for item in data)
+        for item in data:
+            if not _names_a_file(item) and (named or _looks_like_a_path(item)):
+                raise CalibrationError(
+                    f"Some of the calibration data are paths, such as {paths[0]}, and {shown(item)} names no "
+                    "file. Give texts alone, or paths of files that exist."
+                )
     return _indexed(data, "item", _ALL, rng)
 
 
@@ -123,6 +125,10 @@ def _names_a_file(item: object) -> bool:
     if isinstance(item, str):
         return 0 < len(item) < 4096 and "\n" not in item and _exists(Path(item))
     return isinstance(item, Path)
+
+
+def _looks_like_a_path(item: object) -> bool:
+    return isinstance(item, str) and not any(map(str.isspace, item)) and Path(item).suffix != ""
 
 
 def _indexed(data: Any, what: str, name: str, rng: random.Random) -> Source:
