@@ -344,6 +344,20 @@ def test_a_callable_that_returns_no_logits_is_refused(returned):
         write(lambda ids: returned, vocab_size=5)
 
 
+def test_the_ids_go_to_the_device():
+    seen = []
+
+    def model(ids):
+        seen.append(ids.device.type)
+        return torch.zeros(len(ids), 5)
+
+    write(model, vocab_size=5)
+    write(model, vocab_size=5, device="meta")
+    settings = QuantizationConfig(calibration="self", nsamples=2, seqlen=2)
+    calibration_sequences(model, None, None, settings, vocab_size=5, device="meta")
+    assert seen == ["cpu"] * 11 + ["meta"] * 12
+
+
 def test_logits_of_the_last_token_alone_will_do():
     assert torch.equal(write(lambda ids: chain(ids)[:, -1], vocab_size=5), write(chain, vocab_size=5))
 

@@ -22,6 +22,7 @@ def calibration_sequences(
     *,
     vocab_size: int | None = None,
     batch_size: int | None = None,
+    device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Return the sequences that `settings.calibration` asks for: user, self or mixed.
@@ -37,6 +38,7 @@ def calibration_sequences(
         settings: `calibration`, `nsamples`, `seqlen` and `seed` are read.
         vocab_size: Tokens that the model knows; None takes the tokenizer's or the configuration's number.
         batch_size: Rows that the model writes at once; None means all.
+        device: Where the model takes its ids; see `self_written_tokens`.
         progress: Called with the tokens that the model has written, and will have.
 
     Returns:
@@ -63,7 +65,13 @@ def calibration_sequences(
         parts.append(calibration_tokens(data, tokenizer, nsamples=settings.nsamples - own, **size))
     if own:
         written = self_written_tokens(
-            model, tokenizer=tokenizer, nsamples=own, batch_size=batch_size, progress=progress, **size
+            model,
+            tokenizer=tokenizer,
+            nsamples=own,
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+            **size,
         )
         parts.append(written)
     order = torch.cat([torch.arange(len(part)) for part in parts]).argsort(stable=True)

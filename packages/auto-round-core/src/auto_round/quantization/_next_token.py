@@ -40,12 +40,13 @@ class NextToken:
         model: A causal language model of transformers; or any callable that takes ids, int64 [B, T], and
             returns logits [B, T, V] or [B, V], or an object that has them as `logits`. Such a callable, and a
             model that keeps no cache of keys and values, is run over the whole sequence each time.
+        device: Where the ids go; None means where the weights are, or the CPU if they come when needed.
 
     Raises:
         CalibrationError: The model has no head that predicts the next token.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, device: torch.device | str | None = None) -> None:
         self._model = model
         self._options: dict[str, Any] = {}
         self._is_transformers = callable(getattr(model, "can_generate", None))
@@ -55,7 +56,7 @@ class NextToken:
                 self._options["logits_to_keep"] = 1
         elif not callable(model):
             raise CalibrationError(f"The model is {shown(model)}, which cannot be called with token ids.")
-        self._device = _device_of(model)
+        self._device = _device_of(model) if device is None else torch.device(device)
         self.restart()
 
     def restart(self) -> None:

@@ -33,6 +33,7 @@ def self_written_tokens(
     top_k: int | None = None,
     greedy_tokens: int = 4,
     batch_size: int | None = None,
+    device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Let a causal language model write sequences to calibrate with.
@@ -63,6 +64,7 @@ def self_written_tokens(
         top_k: Draw from that many of the likeliest tokens; None from all.
         greedy_tokens: Likeliest tokens taken before any is drawn; the end of a text is never among them.
         batch_size: Rows written at once; None means all.
+        device: Where the ids go; None means where the weights are, or the CPU if they come when needed.
         progress: Called after each token of a batch with the tokens written so far and in all.
 
     Returns:
@@ -80,7 +82,7 @@ def self_written_tokens(
     batch_size = nsamples if batch_size is None else batch_size
     check_count("batch_size", batch_size, least=1)
     choice = _Choice(temperature=temperature, top_k=top_k)
-    next_token = NextToken(model)
+    next_token = NextToken(model, device=device)
     config = text_config(model)
     _check_positions(config, seqlen)
     texts = _Texts.of(config, tokenizer, vocab_size, getattr(model, "generation_config", None), greedy_tokens)
