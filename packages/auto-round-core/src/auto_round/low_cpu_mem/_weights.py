@@ -18,6 +18,7 @@ from auto_round.exceptions import CheckpointError
 from auto_round.low_cpu_mem._checkpoint import CheckpointReader, TensorInfo
 from auto_round.low_cpu_mem._empty import persistent_buffers
 from auto_round.low_cpu_mem._key_map import Piece, map_keys
+from auto_round.low_cpu_mem._streamed import StreamedWeight
 
 __all__ = ["ModelWeights", "Piece"]
 
@@ -185,7 +186,7 @@ class ModelWeights:
         done: list[tuple[nn.Module, str, Tensor]] = []
         try:
             for owner, name, full, tensor in _walk(module, prefix, recurse):
-                if tensor.device.type != "meta":
+                if isinstance(tensor, StreamedWeight) or not tensor.is_meta:
                     continue
                 canonical = self.tied_to(full)
                 if canonical not in loaded:
@@ -210,7 +211,7 @@ class ModelWeights:
         What `load_module` had replaced comes back: the very same objects, of the model's own type.
         """
         for owner, name, _, tensor in _walk(module, "", recurse):
-            if tensor.device.type == "meta":
+            if tensor.is_meta:
                 continue
             with self._lock:
                 meta = self._meta.get(owner, {}).get(name)
@@ -225,7 +226,7 @@ class ModelWeights:
         return stored.mT if piece.transposed else stored
 
     def _load(self, name: str, meta: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
-        value = self.read(name, dtype=dtype or meta.dtype).to(device)
+        value = self.read(name, dtype=dtype or meta.dtype).to(device, non_blocking=True)
         if isinstance(meta, nn.Parameter):
             return nn.Parameter(value, requires_grad=meta.requires_grad)
         return value
@@ -240,10 +241,10 @@ class ModelWeights:
         return None
 
 
-def _modules(
-    module: nn.Module, prefix: str, *, remove_duplicate: bool = True
+def named_modules(
+    module: nn.Module, prefix: str = "", *, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
-    # torch does not say what this gives.
+    """Give the names and modules of a model, as its own method does, which has no types."""
     return cast(
         "Iterator[tuple[str, nn.Module]]",
         module.named_modules(prefix=prefix, remove_duplicate=remove_duplicate),
@@ -252,7 +253,7 @@ def _modules(
 
 def _walk(module: nn.Module, prefix: str, recurse: bool) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
     """Give module, name in it, full name and value of each parameter and persistent buffer."""
-    for path, owner in _modules(module, prefix) if recurse else ((prefix, module),):
+    for path, owner in named_modules(module, prefix) if recurse else ((prefix, module),):
         own = chain(owner.named_parameters(recurse=False), persistent_buffers(owner).items())
         for name, tensor in list(own):
             yield owner, name, f"{path}.{name}" if path else name, tensor
@@ -261,7 +262,7 @@ def _walk(module: nn.Module, prefix: str, recurse: bool) -> Iterator[tuple[nn.Mo
 def _all_names(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of the state dict, tied ones under each of their names."""
     found: dict[str, Tensor] = {}
-    for path, owner in _modules(model, "", remove_duplicate=False):
+    for path, owner in named_modules(model, remove_duplicate=False):
         found.update({full: tensor for _, _, full, tensor in _walk(owner, path, recurse=False)})
     return found
 
