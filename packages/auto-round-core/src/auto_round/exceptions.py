@@ -5,6 +5,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigurationError",
+    "ExportError",
     "MissingPackageError",
     "QuantizationError",
     "UnsafeFileError",
@@ -30,6 +31,10 @@ class CheckpointError(AutoRoundError, RuntimeError):
 
 class QuantizationError(AutoRoundError, ValueError):
     """Numbers cannot be had in a format: they are not finite, beyond its range, or of a wrong form."""
+
+
+class ExportError(AutoRoundError, OSError):
+    """A model cannot be written: the disk is full, the folder is taken, or the plan of it is impossible."""
 
 
 class MissingPackageError(AutoRoundError, ImportError):
