@@ -166,6 +166,19 @@ def test_models_of_transformers_write_with_a_cache_what_they_write_without(name,
     assert len(rows.unique()) > 4
 
 
+def test_a_row_that_begins_anew_feeds_all_that_the_model_has_not_seen():
+    model = built("llama", eos_token_id=None).eval()
+    middle = write(model, seqlen=40, nsamples=1, tokenizer=Ids(61, bos=1))[0, 6:]
+    tokenizer = Ids(61, bos=1, eos=int(middle[middle != 1][0]))
+
+    def uncached(ids):
+        return model(input_ids=ids, use_cache=False).logits
+
+    row = write(model, seqlen=40, nsamples=1, tokenizer=tokenizer)
+    assert (row[0] == 1).sum() > 1
+    assert torch.equal(row, write(uncached, seqlen=40, nsamples=1, tokenizer=tokenizer))
+
+
 def test_prompts_are_continued_as_generate_does():
     model = built("llama", eos_token_id=None).eval()
     prompts = torch.tensor([[5, 6, 7], [20, 30, 40]])
