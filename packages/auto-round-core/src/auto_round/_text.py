@@ -59,4 +59,5 @@ def recovered(before: float | None, after: float | None) -> float | None:
     """Return the share of a loss that is gone, negative where it grew; None where that is no number."""
     if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)) or before <= 0:
         return None
-    return 1 - after / before
+    share = 1 - after / before
+    return share if math.isfinite(share) else None

@@ -90,7 +90,7 @@ def share_chart(blocks: Sequence[BlockReport]) -> str:
         return ""
     # One block that grew much worse must not make all others invisible.
     lowest = min(max(min(shares.values()), -1.0), 0.0)
-    y = around([100 * lowest, 100 * max(*shares.values(), 0.05)], from_zero=True)
+    y = around([100 * lowest, 100 * min(max(*shares.values(), 0.05), 1.0)], from_zero=True)
     y = Axis(y.low, y.high, tuple((value, f"{text}%") for value, text in y.ticks))
     x = block_axis(len(blocks))
     half = min(0.36 * UNITS / (x.high - x.low), _WIDEST_BAR / 2)

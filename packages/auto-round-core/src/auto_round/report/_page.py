@@ -21,9 +21,9 @@ from auto_round.report._charts import Peak, loss_chart, memory_chart, peak_of, s
 from auto_round.report._entries import Entry, described, entries_of
 from auto_round.report._plot import drawable
 from auto_round.report._steps import step_charts
-from auto_round.report._tables import block_table, decibels, kind_table, setting_tables, with_room
+from auto_round.report._tables import block_table, decibels, fitting, kind_table, setting_tables, with_room
 
-_MOST_NOTES, _LONGEST_NOTE = 100, 1000
+_NOTE_BYTES, _LONGEST_NOTE = 60_000, 1000
 _MOST_NAMED = 8
 
 
@@ -31,8 +31,9 @@ def report_html(report: QuantizationReport) -> str:
     """Return a quantisation as one HTML page.
 
     It loads nothing, opens from a file, follows the reader's light or dark theme, and can be read without a
-    script, which only sorts tables and tells what is pointed at. It stays below 3 MB: of more layers than fit
-    (about 18,000) those with the highest SQNR are left out, and the page says how many.
+    script, which only sorts tables and tells what is pointed at. For up to a thousand blocks it stays below
+    3 MB: of more layers than fit (about 16,000) those with the highest SQNR are left out, and the page says
+    how many.
     """
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -156,9 +157,9 @@ def _figures(report: QuantizationReport, peak: Peak | None) -> str:
 
 
 def _notes(notes: Sequence[str]) -> str:
-    items = "".join(f"<li>{escape(printable(note, _LONGEST_NOTE))}</li>" for note in notes[:_MOST_NOTES])
-    more = len(notes) - _MOST_NOTES
-    items += f"<li>{count(more, 'more note')} not shown.</li>" if more > 0 else ""
+    shown = fitting([f"<li>{escape(printable(note, _LONGEST_NOTE))}</li>" for note in notes], _NOTE_BYTES)
+    items, more = "".join(shown), len(notes) - len(shown)
+    items += f"<li>{count(more, 'more note')} not shown.</li>" if more else ""
     return f"<ul>{items}</ul>" if items else ""
 
 

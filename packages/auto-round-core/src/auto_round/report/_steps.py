@@ -9,10 +9,12 @@ from statistics import fmean
 from auto_round._text import printable
 from auto_round.quantization._report import BlockReport
 from auto_round.report._plot import UNITS, Axis, around, dots, drawable, framed, line
+from auto_round.report._tables import fitting
 
 _MOST_POINTS = 24_000
 _MOST_BUCKETS = 60
 _MOST_DRAWINGS = 300
+_MOST_BYTES = 400_000
 _LONGEST_NAME = 24
 
 
@@ -31,7 +33,8 @@ def step_charts(blocks: Sequence[BlockReport]) -> tuple[str, int]:
     y = around([losses[extreme], losses[-1 - extreme], 1.0], most=3)
     y = Axis(y.low, y.high, tuple((value, f"{100 * value:.6g}%") for value, _ in y.ticks))
     buckets = min(max(_MOST_POINTS // (3 * len(shown)), 8), _MOST_BUCKETS)
-    return "".join(_drawing(block, y, buckets) for block in shown), len(trained) - len(shown)
+    drawings = fitting([_drawing(block, y, buckets) for block in shown], _MOST_BYTES)
+    return "".join(drawings), len(trained) - len(drawings)
 
 
 def _drawing(block: BlockReport, y: Axis, buckets: int) -> str:

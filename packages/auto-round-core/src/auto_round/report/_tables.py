@@ -13,8 +13,8 @@ from auto_round._text import count, figure, printable, recovered
 from auto_round.quantization._report import BlockReport
 from auto_round.report._entries import Entry, by_kind, colour_classes, described
 
-_MOST_LAYER_BYTES = 1_900_000
-_MOST_BLOCKS, _MOST_KINDS, _MOST_SETTINGS = 1000, 60, 200
+_LAYER_BYTES, _BLOCK_BYTES, _SETTING_BYTES = 1_700_000, 150_000, 100_000
+_MOST_KINDS = 60
 _LONGEST_NAME, _LONGEST_VALUE = 160, 600
 _SHOWN_LEFT_OUT = "The report as JSON has them all."
 
@@ -31,8 +31,8 @@ def block_table(blocks: Sequence[BlockReport]) -> str:
         "Time, s",
         "Peak, MB",
     )
-    rows: list[str] = []
-    for block in blocks[:_MOST_BLOCKS]:
+    every: list[str] = []
+    for block in blocks:
         share = recovered(block.loss_before, block.loss_after)
         cells = (
             f"{len(block.layers):,}",
@@ -43,7 +43,8 @@ def block_table(blocks: Sequence[BlockReport]) -> str:
             f"{block.wall_s:.1f}",
             f"{block.peak_mb:,.0f}",
         )
-        rows.append(_row(block.name, cells))
+        every.append(_row(block.name, cells))
+    rows = fitting(every, _BLOCK_BYTES)
     more = len(blocks) - len(rows)
     note = f"{count(more, 'more block')} not shown. {_SHOWN_LEFT_OUT}" if more else ""
     return _table("blocks", heads, rows, note)
@@ -56,13 +57,7 @@ def with_room(entries: Sequence[Entry]) -> tuple[list[Entry], str]:
     """
     rows = [_layer_row(entry) for entry in entries]
     worst_first = sorted(range(len(rows)), key=lambda number: _rank(entries[number].layer.sqnr_db))
-    room, kept = _MOST_LAYER_BYTES, list[int]()
-    for number in worst_first:
-        room -= len(rows[number].encode())
-        if room < 0:
-            break
-        kept.append(number)
-    kept.sort()
+    kept = sorted(worst_first[: len(fitting([rows[number] for number in worst_first], _LAYER_BYTES))])
     more = len(rows) - len(kept)
     note = (
         f"{count(more, 'layer')} with the highest SQNR are neither drawn nor in this table. {_SHOWN_LEFT_OUT}"
@@ -104,7 +99,22 @@ def setting_tables(configuration: Mapping[str, Any]) -> str:
     for name, value in configuration.items():
         if isinstance(value, Mapping):
             areas[str(name)] = cast("Mapping[str, Any]", value)
-    return "".join(_area(name, area) for name, area in list(areas.items())[:_MOST_SETTINGS])
+    tables = [_area(name, area) for name, area in areas.items()]
+    shown = fitting(tables, _SETTING_BYTES)
+    more = len(tables) - len(shown)
+    note = f'<p class="soft">{count(more, "long table")} not shown. {_SHOWN_LEFT_OUT}</p>' if more else ""
+    return "".join(shown) + note
+
+
+def fitting(parts: Sequence[str], room: int) -> list[str]:
+    """Return the first parts, as many as fit into so many bytes together."""
+    kept: list[str] = []
+    for part in parts:
+        room -= len(part.encode("utf-8", "replace"))
+        if room < 0:
+            break
+        kept.append(part)
+    return kept
 
 
 def decibels(value: float) -> str:
@@ -116,7 +126,7 @@ def _area(name: str, area: Mapping[str, Any]) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escape(printable(str(key), _LONGEST_NAME))}</th>'
         f"<td>{escape(printable(_plain(value), _LONGEST_VALUE))}</td></tr>"
-        for key, value in list(area.items())[:_MOST_SETTINGS]
+        for key, value in area.items()
     )
     title = escape(printable(name, 60).capitalize())
     return f"<table><caption>{title}</caption><tbody>{rows}</tbody></table>"
