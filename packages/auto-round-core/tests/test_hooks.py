@@ -515,6 +515,27 @@ def test_the_allocator_is_tuned_only_where_weights_go(
         assert len(calls) == expected
 
 
+def test_what_was_freed_is_given_back_now_and_then(
+    saved: Callable[[str], tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = saved("llama")
+    trims: list[int] = []
+    model: Any = empty_model(folder)
+    monkeypatch.setattr(_hooks.av_memory, "trim_heap", lambda: trims.append(len(seen)))
+    seen = watched(model)
+    # Once while the layers pass by, and at the end of each pass.
+    layers = [tensor.nbytes for name, tensor in expected.state_dict().items() if ".layers." in name]
+    monkeypatch.setattr(_hooks, "_TRIMMED_BYTES", sum(layers))
+    for clean, expected_trims in ((True, 2), (False, 0)):
+        seen.clear()
+        manager = register_hooks(model, folder, "cpu", clean_weights=clean)
+        logits_of(model)
+        assert len(trims) == expected_trims
+        manager.remove_hooks()
+        assert not trims or 0 < trims[0] < trims[1]
+        trims.clear()
+
+
 # --- what concerns GPUs -----------------------------------------------------------------------------------
 
 

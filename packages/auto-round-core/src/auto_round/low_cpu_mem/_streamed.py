@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 23
 """Bytes of rows that a linear layer holds at once."""
 
 # What is asked of a tensor without looking at its values.
