@@ -179,6 +179,24 @@ def test_without_a_type_in_the_configuration_that_of_the_weights_counts(tmp_path
     assert {tensor.dtype for tensor in empty_model(tmp_path).parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_modules_that_transformers_keeps_in_float32_stay_in_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    config = transformers.T5Config(
+        vocab_size=96, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = loaded(tmp_path, dtype=dtype)
+    wanted = state_of(transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype))
+    found = state_of(model)
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        name: tensor.dtype for name, tensor in wanted.items()
+    }
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    assert model.lm_head.weight is model.shared.weight is model.decoder.embed_tokens.weight
+    assert (len({tensor.dtype for tensor in found.values()}) == 2) == (dtype == torch.float16)
+
+
 @pytest.mark.parametrize("family", ["llama-tied", "mixtral", "bert"])
 def test_shards_and_torch_files_give_the_same(
     family: str, saved: Callable[[str], Path], tmp_path: Path

@@ -19,10 +19,11 @@ from auto_round.exceptions import ConfigurationError
 from auto_round.low_cpu_mem._batches import run_in_parts
 from auto_round.low_cpu_mem._checkpoint import CheckpointReader
 from auto_round.low_cpu_mem._empty import model_folder, persistent_buffers
+from auto_round.low_cpu_mem._host_weights import HostWeights
 from auto_round.low_cpu_mem._spill import open_in_parts
 from auto_round.low_cpu_mem._streamed import StreamedWeight
 from auto_round.low_cpu_mem._tensor_utils import TensorUtils
-from auto_round.low_cpu_mem._weights import ModelWeights, named_modules
+from auto_round.low_cpu_mem._weights import named_modules
 
 STREAMED_BYTES = 32 << 20
 """A linear layer with a larger weight computes in chunks of its rows."""
@@ -98,7 +99,7 @@ class HookManager:
         """What is attached to the model now; empty before `register_hooks` and after `remove_hooks`."""
         if reader is None:
             reader = open_in_parts(model_folder(path), save_path)
-        self._weights = _HostWeights(model, reader)
+        self._weights = HostWeights(model, reader)
         self._units: dict[nn.Module, _Unit] = {}
         self._entered = _Entered()
         self._freed = 0
@@ -355,31 +356,6 @@ class _GuardedForward:
             raise
         finally:
             self._trim()
-
-
-class _HostWeights(ModelWeights):
-    """Weights of which those that were read can be kept in memory."""
-
-    def __init__(self, model: nn.Module, reader: CheckpointReader) -> None:
-        super().__init__(model, reader)
-        self.keep = False
-        self._kept: dict[tuple[str, torch.dtype | None], Tensor] = {}
-        self._keeping = threading.Lock()
-
-    def read(self, name: str, *, dtype: torch.dtype | None = None) -> Tensor:
-        if not self.keep:
-            return super().read(name, dtype=dtype)
-        key = self.tied_to(name), dtype
-        with self._keeping:
-            if key not in self._kept:
-                value = super().read(name, dtype=dtype)
-                self._kept[key] = value.pin_memory() if torch.cuda.is_available() else value
-            return self._kept[key]
-
-    def read_rows(self, name: str, rows: slice | Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        if not self.keep:
-            return super().read_rows(name, rows, dtype=dtype)
-        return self.read(name, dtype=dtype)[rows if isinstance(rows, slice) else rows.cpu()]
 
 
 def _restore_forward(model: nn.Module, before: Any) -> None:
