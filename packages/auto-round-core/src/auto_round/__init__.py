@@ -1,15 +1,20 @@
 """Quantise large language models in little memory.
 
-The public names live in the rooms: `auto_round.config_manager`, `.memory_utils` and `.exceptions`. Importing
-this package loads none of them, and therefore no torch.
+`AutoRound` quantises a model. The other public names live in the rooms: `auto_round.config_manager`,
+`.low_cpu_mem`, `.memory_utils`, `.quantization` and `.exceptions`. Importing this package loads none of them,
+and therefore no torch.
 
 Intel publishes another package under this import name. Each of the two overwrites files of the other, so this
 one refuses to load where Intel's is installed; where Intel's was installed last, Python finds only Intel's.
 """
 
 from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from auto_round.quantization import AutoRound
+
+__all__ = ["AutoRound", "__version__"]
 
 __version__ = "0.1.0"
 
@@ -32,3 +37,11 @@ def _refuse_beside_another() -> None:
 
 
 _refuse_beside_another()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AutoRound":
+        from auto_round.quantization import AutoRound
+
+        return AutoRound
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -169,6 +169,15 @@ class QuantizationConfig(Area):
             own = settings if _matches(pattern, name) else own
         return self._settings(self.layer_config.get(name, own))
 
+    def names(self, name: str) -> bool:
+        """Return whether `layer_config` has a key for the layer of this full name."""
+        return any(_matches(pattern, name) for pattern in self.layer_config)
+
+    @staticmethod
+    def matches(pattern: str, name: str) -> bool:
+        """Return whether a key of `layer_config` or an entry of `ignore_layers` means this layer."""
+        return _matches(pattern, name)
+
     def _settings(self, own: Mapping[str, Any]) -> LayerSettings:
         base = {name: getattr(self, name) for name in _PER_LAYER}
         checked = QuantizationConfig(**{**base, **self._following(own), **own})

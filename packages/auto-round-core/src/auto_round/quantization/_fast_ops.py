@@ -1,0 +1,173 @@
+"""Faster ways to the same results, for blocks that are run forwards and backwards hundreds of times on a CPU.
+
+torch's fused attention is slow backwards on a CPU, and a root mean square norm in plain operations makes a
+dozen passes over the activations. Both are replaced while a block is trained, and nothing else is: see
+`fast_training`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_BAND = 128
+_MOST_BYTES = 256 << 20
+"""The most that the probabilities which attention keeps for its way back may take."""
+
+
+@contextmanager
+def fast_training(block: nn.Module) -> Generator[None]:
+    """Have a block's attention and norms computed faster within a `with`, on the CPU.
+
+    Only calls of `scaled_dot_product_attention` that are causal, without a mask of their own, dropout or
+    values of another width, in this thread; and only norms that give the same results as before, to the
+    rounding of their dtype.
+    """
+    patched = [module for module in block.modules() if _replace_norm(module)]
+    try:
+        with _Attention():
+            yield
+    finally:
+        for module in patched:
+            del module.forward
+
+
+class _Attention(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and _is_plain(*args, **kwargs):
+            query, key, value = args[:3]
+            scale = kwargs.get("scale")
+            heads = query.shape[1] // key.shape[1]
+            if heads > 1:
+                key, value = (part.repeat_interleave(heads, 1) for part in (key, value))
+            return cast("Any", _BandedAttention).apply(
+                query, key, value, query.shape[-1] ** -0.5 if scale is None else scale
+            )
+        return func(*args, **kwargs)
+
+
+def _is_plain(
+    query: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,  # noqa: ARG001 - any is
+    enable_gqa: bool = False,
+) -> bool:
+    if key is None or value is None or attn_mask is not None or dropout_p or not is_causal:
+        return False
+    if not (query.ndim == key.ndim == 4 and query.device.type in ("cpu", "meta") and query.requires_grad):
+        return False
+    tokens = query.shape[2]
+    fits = key.shape == value.shape and key.shape[2] == tokens and key.shape[3] == query.shape[3]
+    grouped = query.shape[1] == key.shape[1] or (enable_gqa and query.shape[1] % key.shape[1] == 0)
+    kept = query.shape[0] * query.shape[1] * tokens * (tokens + _BAND) // 2 * query.element_size()
+    return fits and grouped and kept <= _MOST_BYTES
+
+
+class _BandedAttention(torch.autograd.Function):
+    """Causal attention that keeps its probabilities, in bands of queries that see no later key.
+
+    Takes and gives [batch, heads, tokens, width].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:  # pyright: ignore
+        shape = query.shape
+        query, key, value = (part.flatten(0, 1) for part in (query * scale, key, value))
+        out = torch.empty_like(query)
+        kept: list[Tensor] = []
+        for start, end in _bands(shape[2]):
+            weights = torch.bmm(query[:, start:end], key[:, :end].transpose(1, 2))
+            later = torch.ones(end - start, end - start, dtype=torch.bool, device=query.device).triu_(1)
+            weights[:, :, start:].masked_fill_(later, float("-inf"))
+            torch.softmax(weights, -1, out=weights)
+            torch.bmm(weights, value[:, :end], out=out[:, start:end])
+            kept.append(weights)
+        ctx.save_for_backward(query, key, value, out, *kept)
+        ctx.scale = scale
+        return out.view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore
+        query, key, value, out, *kept = ctx.saved_tensors
+        shape = grads[0].shape
+        grad = grads[0].flatten(0, 1)
+        along = (grad * out).sum(-1, keepdim=True)
+        d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for (start, end), weights in zip(_bands(shape[2]), kept, strict=True):
+            band = grad[:, start:end]
+            d_value[:, :end].baddbmm_(weights.transpose(1, 2), band)
+            d_weights = torch.bmm(band, value[:, :end].transpose(1, 2))
+            d_weights.sub_(along[:, start:end]).mul_(weights)
+            torch.bmm(d_weights, key[:, :end], out=d_query[:, start:end])
+            d_key[:, :end].baddbmm_(d_weights.transpose(1, 2), query[:, start:end])
+        d_query.mul_(ctx.scale)
+        return d_query.view(shape), d_key.view(shape), d_value.view(shape), None
+
+
+def _bands(tokens: int) -> list[tuple[int, int]]:
+    return [(start, min(start + _BAND, tokens)) for start in range(0, tokens, _BAND)]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x ** 2) + eps) * weight over the last dimension, in fp32 inside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # pyright: ignore
+        wide = x.float()
+        factor = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, factor)
+        return (wide * factor).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        x, weight, factor = ctx.saved_tensors
+        wide, grad = x.float(), grads[0].float().mul_(weight)
+        along = (grad * wide).sum(-1, keepdim=True).mul_(factor.square()).div_(x.shape[-1])
+        return grad.addcmul_(wide, along, value=-1).mul_(factor).to(x.dtype), None, None
+
+
+def _replace_norm(module: nn.Module) -> bool:
+    """Give a module that is a root mean square norm a faster forward; return whether it is one."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    eps = getattr(module, "eps", None) if eps is None else eps
+    named = type(module).__name__.endswith("RMSNorm")
+    if not (named and isinstance(weight, Tensor) and isinstance(eps, float) and weight.device.type == "cpu"):
+        return False
+    x = torch.linspace(-2, 3, weight.numel() * 3, dtype=weight.dtype).view(3, -1)
+    x = x[:, torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(0))]
+    with torch.no_grad():
+        expected = module(x)
+        for gain in (weight.float(), weight.float() + 1):
+            # Gemma stores the gain less one.
+            if torch.allclose(_apply_norm(x, gain, eps), expected, rtol=1.6e-2, atol=1e-3):
+                module.forward = _bound_norm(gain, eps)
+                return True
+    return False
+
+
+def _bound_norm(gain: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return _apply_norm(x, gain, eps)
+
+    return forward
+
+
+def _apply_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return cast("Any", _RMSNorm).apply(x, gain, eps)

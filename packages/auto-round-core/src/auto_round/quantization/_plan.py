@@ -1,0 +1,170 @@
+"""How the work is fitted into memory: what a block takes, and what gives way to a limit first."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from av_memory import get_cpu_memory, get_memory_stats
+from torch import Tensor, nn
+
+from auto_round.config_manager import LayerSettings, QuantizationConfig
+from auto_round.exceptions import ConfigurationError
+from auto_round.quantization._capture import Call
+from auto_round.quantization._fast_ops import fast_training
+from auto_round.quantization._layers import Layer
+
+_MB = 2**20
+_SLACK_MB = 48
+"""For what is not counted: the interpreter's own growth, buffers of files, holes in the heap."""
+_AMPLE = 0.25
+"""The share of the machine's free memory that streams may take where no limit is set."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockCost:
+    """What it takes to work on the most demanding block, in bytes."""
+
+    weights: int
+    """Of the block, its masters and what training keeps for each weight."""
+    accumulated: int
+    """Gradients, where a batch goes through in parts."""
+    sample: int
+    """Activations of one sample on its way forwards and backwards."""
+    streams: int
+    """The activations of all samples between two blocks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What was decided."""
+
+    micro_batch: int
+    """Samples that go through a block at once."""
+    spills: bool
+    """Activations between blocks are kept on disk."""
+    needed_mb: float
+    """What this is expected to take, in MB of 2**20 bytes, with what the process holds already."""
+
+
+def block_cost(
+    block: nn.Module,
+    call: Call,
+    layers: list[tuple[Layer, LayerSettings]],
+    config: QuantizationConfig,
+    *,
+    samples: int,
+    sample_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    trains: bool,
+) -> BlockCost:
+    """Return what it takes to work on a block.
+
+    Args:
+        block: May be on the meta device; it is not changed.
+        call: How it is called.
+        layers: What is quantised in it.
+        config: Method and batch.
+        samples: Samples of calibration; 0 where none are run.
+        sample_shape: Of one sample's activations, (tokens, width).
+        dtype: In which it is computed.
+        trains: Weights are trained.
+    """
+    own = sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
+    sizes = [layer.weight.numel() for layer, _ in layers] or [0]
+    # Masters and codes of all layers, or what rounding one layer takes.
+    each = {"best": 17, "signround": 9}[config.quality] if trains else 0
+    weights = own + each * sum(sizes) + max(sizes) * (dtype.itemsize if trains else 16)
+    activations = torch.Size(sample_shape).numel() if samples else 0
+    return BlockCost(
+        weights=weights,
+        accumulated=sum(sizes) * dtype.itemsize if trains else 0,
+        sample=_activation_bytes(block, call, layers, sample_shape, dtype, trains) if samples else 0,
+        streams=(2 if config.enable_quanted_input else 3) * samples * activations * dtype.itemsize,
+    )
+
+
+def make_plan(cost: BlockCost, config: QuantizationConfig, max_ram_mb: int | None) -> Plan:
+    """Fit the work into the limit: activations go to disk first, then batches go through in smaller parts.
+
+    Raises:
+        ConfigurationError: Nothing fits; the message has the limit that would do.
+    """
+    held_mb = get_cpu_memory()
+    batch = config.batch_size
+    smallest = _needed_mb(cost, 1, True, batch) + held_mb
+    if max_ram_mb is None:
+        spills = cost.streams / _MB > _AMPLE * get_memory_stats().machine_available_mb
+        return Plan(
+            micro_batch=batch, spills=spills, needed_mb=held_mb + _needed_mb(cost, batch, spills, batch)
+        )
+    micro = batch
+    for spills in (False, True):
+        needed = held_mb + _needed_mb(cost, batch, spills, batch)
+        if needed <= max_ram_mb:
+            return Plan(micro_batch=batch, spills=spills, needed_mb=needed)
+    while micro > 1:
+        micro = (micro + 1) // 2
+        needed = held_mb + _needed_mb(cost, micro, True, batch)
+        if needed <= max_ram_mb:
+            return Plan(micro_batch=micro, spills=True, needed_mb=needed)
+    raise ConfigurationError(
+        f"memory.max_ram_mb is {max_ram_mb}, but the largest block takes {smallest:.0f} MB even with "
+        f"activations on disk and one sample at a time ({held_mb:.0f} MB are in use already). Set it to at "
+        f"least {int(smallest) + 1}, take a shorter quantization.seqlen, or a method that trains less "
+        "(quantization.quality 'signround', 'optimized_rtn' or 'rtn')."
+    )
+
+
+def spill_folder(workspace: Path, plan: Plan) -> Path | None:
+    """Return where activations are kept; None for memory."""
+    return workspace if plan.spills else None
+
+
+def _needed_mb(cost: BlockCost, micro_batch: int, spills: bool, batch: int) -> float:
+    accumulated = cost.accumulated if micro_batch < batch else 0
+    streams = 0 if spills else cost.streams
+    return (cost.weights + accumulated + cost.sample * micro_batch + streams) / _MB + _SLACK_MB
+
+
+def _activation_bytes(
+    block: nn.Module,
+    call: Call,
+    layers: list[tuple[Layer, LayerSettings]],
+    sample_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    trains: bool,
+) -> int:
+    """Return what one sample's activations take, by running the block on the meta device if it can be."""
+    meta = torch.device("meta")
+    twin = copy.deepcopy(block).to(meta, dtype).requires_grad_(False)
+    names = {layer.parameter_name for layer, _ in layers}
+    # The block's own name is the part of its layers' names that its parameters lack.
+    for name, parameter in twin.named_parameters():
+        if any(full.endswith(name) for full in names):
+            parameter.requires_grad_(trains)
+    held: dict[int, Tensor] = {}
+    weights = {parameter.untyped_storage()._cdata for parameter in twin.parameters()}  # pyright: ignore
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage: int = tensor.untyped_storage()._cdata  # pyright: ignore
+        if storage not in weights:
+            held[storage] = tensor
+        return tensor
+
+    hidden = torch.empty((1, *sample_shape), dtype=dtype, device=meta)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), fast_training(twin):
+            output = call.to(meta, dtype)(twin, hidden)
+        del output
+        sizes = [tensor.untyped_storage().nbytes() for tensor in held.values()]
+    except (RuntimeError, NotImplementedError, ValueError):
+        # What depends on values, such as which expert gets which token, cannot be run without them.
+        tokens = sample_shape[0]
+        sizes = [tokens * sum(layer.weight.shape[-2:]) * 2 * dtype.itemsize for layer, _ in layers]
+    largest = max(sizes, default=0)
+    wide = torch.Size(sample_shape).numel() * 4
+    # Backwards a few gradients of the largest activations are there as well, and the loss in fp32.
+    return (sum(sizes) if trains else 0) + 4 * max(largest, wide) + 3 * wide

@@ -1,0 +1,240 @@
+"""Train the quantisation of one block: its quantised output is to be what the float block put out."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from auto_round.config_manager import LayerSettings, QuantizationConfig
+from auto_round.exceptions import QuantizationError
+from auto_round.quantization._block_ap import IntegerBlockAP
+from auto_round.quantization._fast_ops import fast_training
+from auto_round.quantization._float_signround import FloatSignRound
+from auto_round.quantization._layers import Layer
+from auto_round.quantization._pieces import Scratch
+from auto_round.quantization._quantized import QuantizedWeight
+from auto_round.quantization._signround import IntegerSignRound
+from auto_round.quantization._streams import Stream
+
+_MANY_ITERS, _FEW_BITS = 1000, 3
+_BEST_RATE, _BEST_SCALE_RATE = 5e-3, 5e-3
+
+
+class Tuner(Protocol):
+    """The trained quantisation of one matrix of weights."""
+
+    def write(self, target: Tensor, *, keep: bool = False) -> None:
+        """Write the quantised weight as it stands into `target`; `keep` remembers it as best."""
+        ...
+
+    def step(self, gradient: Tensor, target: Tensor, factor: float, *, keep: bool) -> None:
+        """Take a step and write the new weight; `factor` is what is left of the rates."""
+        ...
+
+    def result(self) -> QuantizedWeight:
+        """Return the best quantisation that was remembered."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuned:
+    """What came of one block."""
+
+    weights: dict[str, QuantizedWeight]
+    """By the layer's name."""
+    loss_before: float
+    """Mean squared error of the block's output over all samples, rounded to nearest."""
+    best_step: int
+    """The step whose parameters were kept, counted from 0."""
+    losses: tuple[float, ...]
+    """Of each step's batch, before the step, as a share of what rounding to nearest loses on that batch."""
+
+
+def tune_block(
+    block: nn.Module,
+    layers: Sequence[tuple[Layer, LayerSettings]],
+    read: Callable[[Layer], Tensor],
+    run: Callable[[Tensor], Tensor],
+    inputs: Stream,
+    targets: Stream,
+    samples: int,
+    config: QuantizationConfig,
+    *,
+    micro_batch: int,
+    seed: str,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Tuned:
+    """Train the quantisation of a block's layers, and leave the best in the block.
+
+    Args:
+        block: On the device and in the type in which it is to be trained, in evaluation mode.
+        layers: What is quantised in it, and how.
+        read: Returns a layer's float weight, a matrix [rows, in] in fp32 that may be overwritten.
+        run: Calls the block on a batch [batch, tokens, width] and returns its output.
+        inputs: What goes in.
+        targets: What is to come out.
+        samples: How many there are of both.
+        config: Method, steps, rates and batch.
+        micro_batch: Samples that go through the block at once; the batch of a step is split into as many.
+        seed: Of the order of samples. Each block has its own, so that none depends on what others drew.
+        on_step: Called after each step with its number and its loss relative to rounding to nearest.
+
+    Raises:
+        QuantizationError: A weight or a loss is not finite; the message names the layer.
+    """
+    device = layers[0][0].weight.device
+    scratch = Scratch(device)
+    block.requires_grad_(False)
+    tuners: list[tuple[Layer, nn.Parameter, Tuner]] = []
+    for layer, settings in layers:
+        leaf = layer.weight
+        leaf.requires_grad_()
+        try:
+            tuner = make_tuner(read(layer), settings, config, scratch)
+        except QuantizationError as failure:
+            raise QuantizationError(f"{layer.name}: {failure}") from failure
+        with layer.open(leaf.data) as matrix:
+            tuner.write(matrix, keep=True)
+        tuners.append((layer, leaf, tuner))
+
+    def each_batch() -> Iterator[list[int]]:
+        for start in range(0, samples, micro_batch):
+            yield list(range(start, min(start + micro_batch, samples)))
+
+    base = torch.empty(samples)
+    with torch.no_grad():
+        for batch in each_batch():
+            base[batch] = _errors(run(inputs.read(batch).to(device)), targets.read(batch).to(device)).cpu()
+    loss_before = float(base.mean())
+    if not math.isfinite(loss_before):
+        raise QuantizationError(
+            f"the loss of the block of {layers[0][0].name} is {loss_before}: activations overflow or are NaN."
+        )
+    # A sample on which nothing is lost must not divide by zero.
+    base.clamp_(min=max(loss_before * 1e-6, 1e-30))
+
+    best, best_step, losses = 1.0, 0, list[float]()
+    order = _Order(samples, min(config.batch_size * config.gradient_accumulate_steps, samples), seed)
+    state = _StepState()
+
+    with ExitStack() as stack:
+        stack.enter_context(fast_training(block))
+        for layer, leaf, tuner in tuners:
+            attach = cast("Callable[[object], RemovableHandle]", leaf.register_post_accumulate_grad_hook)  # pyright: ignore
+            stack.callback(attach(_stepper(layer, tuner, state)).remove)
+        for step in range(config.iters):
+            batch = order.next()
+            parts = [batch[start : start + micro_batch] for start in range(0, len(batch), micro_batch)]
+            share = float(base[batch].mean()) * len(batch)
+            state.factor = _schedule(config.quality, step, config.iters)
+            loss = 0.0
+            for index, part in enumerate(parts):
+                output = run(inputs.read(part).to(device))
+                error = _errors(output, targets.read(part).to(device)).sum() / share
+                loss += float(error.detach())
+                state.last = index == len(parts) - 1
+                state.keep = state.last and loss < best
+                error.backward()  # pyright: ignore[reportUnknownMemberType] - torch's annotation
+            if not math.isfinite(loss):
+                raise QuantizationError(
+                    f"the loss of the block of {layers[0][0].name} is {loss} at step {step}; set a smaller "
+                    "quantization.lr."
+                )
+            if loss < best:
+                best, best_step = loss, step
+            losses.append(loss)
+            if on_step is not None:
+                on_step(step, loss)
+
+    weights: dict[str, QuantizedWeight] = {}
+    with torch.no_grad():
+        for layer, leaf, tuner in tuners:
+            leaf.requires_grad_(False).grad = None
+            weights[layer.name] = tuner.result()
+            with layer.open(leaf.data) as matrix:
+                matrix.copy_(weights[layer.name].dequantize(leaf.dtype))
+    return Tuned(weights=weights, loss_before=loss_before, best_step=best_step, losses=tuple(losses))
+
+
+def make_tuner(
+    weight: Tensor, settings: LayerSettings, config: QuantizationConfig, scratch: Scratch
+) -> Tuner:
+    """Return what trains a matrix [rows, in] as the configuration asks for; it may overwrite the matrix."""
+    rate = config.lr
+    scale_dtype = getattr(torch, config.scale_dtype)
+    if config.quality == "best" and settings.weight_dtype == "int":
+        return IntegerBlockAP(
+            weight,
+            settings,
+            scale_dtype,
+            scratch,
+            rate=rate or _BEST_RATE,
+            scale_rate=config.minmax_lr or rate or _BEST_SCALE_RATE,
+        )
+    if rate is None:
+        rate = 1 / max(1, config.iters)
+        if config.iters >= _MANY_ITERS and settings.bits <= _FEW_BITS:
+            rate *= 2
+    rates = {"rate": rate, "range_rate": config.minmax_lr or rate}
+    if settings.weight_dtype == "int":
+        return IntegerSignRound(weight, settings, scale_dtype, scratch, **rates)
+    return FloatSignRound(weight, settings, **rates)
+
+
+def _schedule(quality: str, step: int, steps: int) -> float:
+    """Return what is left of the rates at a step: linear to zero for SignRound, a cosine for Adam."""
+    return 1 - step / steps if quality != "best" else (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _errors(output: Tensor, target: Tensor) -> Tensor:
+    """Return each sample's mean squared error, in fp32."""
+    return (output.float() - target).square().flatten(1).mean(1)
+
+
+@dataclass
+class _StepState:
+    """What the hooks need to know of the step that is being taken."""
+
+    factor: float = 1.0
+    keep: bool = False
+    last: bool = False
+
+
+def _stepper(layer: Layer, tuner: Tuner, state: _StepState) -> Callable[[Tensor], None]:
+    """Return a hook that steps as soon as a weight's gradient is whole, and lets the gradient go.
+
+    All gradients of a block are never there at once. The weight is changed while others still wait for
+    theirs: that is safe, since a weight's own gradient is the last thing for which autograd needs it.
+    """
+
+    def hook(leaf: Tensor) -> None:
+        if not state.last or leaf.grad is None:
+            return
+        with torch.no_grad(), layer.open(leaf.data) as matrix:
+            tuner.step(layer.matrix(leaf.grad), matrix, state.factor, keep=state.keep)
+        leaf.grad = None
+
+    return hook
+
+
+class _Order:
+    """Draws batches: all samples in a random order, and in a new one when fewer than a batch are left."""
+
+    def __init__(self, samples: int, batch: int, seed: str) -> None:
+        self._left: list[int] = []
+        self._samples, self._batch, self._random = samples, batch, random.Random(seed)  # noqa: S311
+
+    def next(self) -> list[int]:
+        if len(self._left) < self._batch:
+            self._left = list(range(self._samples))
+            self._random.shuffle(self._left)
+        batch, self._left = self._left[: self._batch], self._left[self._batch :]
+        return batch

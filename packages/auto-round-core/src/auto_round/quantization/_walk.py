@@ -1,0 +1,347 @@
+"""The walk over the blocks: each is loaded, quantised against its float output, written, and let go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from av_memory import MemoryTracker, get_cpu_memory, trim_heap
+from torch import Tensor, nn
+
+from auto_round.config_manager import LayerSettings, QuantizationConfig
+from auto_round.exceptions import QuantizationError
+from auto_round.quantization._capture import Call, Capture, same_calls
+from auto_round.quantization._inputs import InputStatistics, rounded_inputs
+from auto_round.quantization._layers import Layer
+from auto_round.quantization._quantized import QuantizedWeight
+from auto_round.quantization._report import BlockReport, LayerReport, QuantizationReport, layer_report
+from auto_round.quantization._results import ResultStore
+from auto_round.quantization._rtn import quantize_optimized_rtn, quantize_rtn
+from auto_round.quantization._source import FloatModel, block_layers
+from auto_round.quantization._streams import Stream
+from auto_round.quantization._tuning import tune_block
+
+
+class Progress(Protocol):
+    """Is told how far the work is."""
+
+    def begin(self, blocks: int, steps: int) -> None:
+        """Work begins on so many blocks, each with so many steps of training."""
+        ...
+
+    def step(self, block: int, step: int, loss: float) -> None:
+        """A step of training was taken; the loss is relative to rounding to nearest."""
+        ...
+
+    def block(self, index: int, report: BlockReport) -> None:
+        """A block is done."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Means:
+    """With what the walk works."""
+
+    device: torch.device
+    dtype: torch.dtype
+    micro_batch: int
+    """Samples that go through a block at once."""
+    spill_folder: Path | None
+    """Where activations are kept; None for memory."""
+
+
+class Walk:
+    """Quantises the blocks of a model in their order.
+
+    Args:
+        source: The float model.
+        config: How.
+        store: Where the quantised weights go.
+        means: Device, type, and what is allowed of memory.
+        tokens: Calibration, int64 [samples, tokens]; None where the method reads none.
+        report: Is filled.
+        progress: Is told.
+    """
+
+    def __init__(
+        self,
+        source: FloatModel,
+        config: QuantizationConfig,
+        store: ResultStore,
+        means: Means,
+        tokens: Tensor | None,
+        report: QuantizationReport,
+        progress: Progress,
+    ) -> None:
+        self._source, self._config, self._store, self._means = source, config, store, means
+        self._tokens, self._report, self._progress = tokens, report, progress
+        self._scale_dtype: torch.dtype = getattr(torch, config.scale_dtype)
+        self._capture = Capture(source.model, list(source.blocks))
+        self._calls: dict[int, list[Call]] = {}
+        self._trains = config.iters > 0 and config.quality in ("signround", "best")
+        self._begin_s = time.monotonic()
+
+    def run(self) -> None:
+        """Quantise all blocks.
+
+        Raises:
+            QuantizationError: Weights, calibration or losses are not finite, or something does not fit.
+        """
+        self._progress.begin(len(self._source.blocks), self._config.iters if self._trains else 0)
+        with ExitStack() as stack:
+            if self._tokens is None:
+                for index in range(len(self._source.blocks)):
+                    self._block(index, None, None)
+                return
+            # Two streams: what the float blocks put out, and what the quantised ones do.
+            float_stream = stack.enter_context(self._embedded(self._tokens))
+            quantized_stream = float_stream
+            if self._config.enable_quanted_input:
+                quantized_stream = stack.enter_context(self._copied(float_stream, len(self._tokens)))
+            for index in range(len(self._source.blocks)):
+                self._block(index, float_stream, quantized_stream)
+
+    def _batches(self) -> Iterator[list[int]]:
+        samples = 0 if self._tokens is None else len(self._tokens)
+        for start in range(0, samples, self._means.micro_batch):
+            yield list(range(start, min(start + self._means.micro_batch, samples)))
+
+    def _embedded(self, tokens: Tensor) -> Stream:
+        """Return what goes into the first block."""
+        stream: Stream | None = None
+        with self._source.callable_head():
+            first: list[Call] | None = None
+            for batch in self._batches():
+                hidden, calls = self._capture.run(tokens[batch])
+                if not bool(hidden.isfinite().all()):
+                    raise QuantizationError(
+                        f"the embeddings of {self._source.kind} give NaN or infinity for samples {batch[0]} "
+                        f"to {batch[-1]} of the calibration; the checkpoint's embeddings are damaged."
+                    )
+                if stream is None:
+                    shape = hidden.shape[1:]
+                    stream = Stream(len(tokens), shape, self._means.dtype, self._means.spill_folder)
+                stream.write(batch, hidden)
+                if len(batch) not in self._calls:
+                    self._calls[len(batch)] = self._moved(calls)
+                if first is not None and len(batch) == self._means.micro_batch:
+                    differing = same_calls(first, calls)
+                    if differing is not None:
+                        raise QuantizationError(
+                            f"{self._source.block_names[differing]} is called with arguments that differ "
+                            "from sample to sample; only models whose blocks get the same mask and positions "
+                            "for all sequences of one length can be calibrated."
+                        )
+                first = first or calls
+        assert stream is not None  # noqa: S101 - there is at least one sample
+        return stream
+
+    def _copied(self, stream: Stream, samples: int) -> Stream:
+        copy = Stream(samples, stream.shape, stream.dtype, self._means.spill_folder)
+        for batch in self._batches():
+            copy.write(batch, stream.read(batch))
+        return copy
+
+    def _moved(self, calls: list[Call]) -> list[Call]:
+        return [call.to(self._means.device, self._means.dtype) for call in calls]
+
+    def _call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        if len(hidden) not in self._calls:
+            assert self._tokens is not None  # noqa: S101
+            with self._source.callable_head():
+                _, calls = self._capture.run(self._tokens[: len(hidden)])
+            self._calls[len(hidden)] = self._moved(calls)
+        return self._calls[len(hidden)][index](block, hidden)
+
+    def _block(self, index: int, float_stream: Stream | None, quantized_stream: Stream | None) -> None:
+        name = self._source.block_names[index]
+        begin_s = time.monotonic()
+        with MemoryTracker(name) as tracker:
+            block = self._source.load(index, self._means.device, self._means.dtype)
+            layers = block_layers(block, name, self._config)
+            if float_stream is None or quantized_stream is None:
+                weights, reports = self._without_inputs(layers)
+                report = BlockReport(name=name, layers=reports)
+            else:
+                weights, report = self._with_inputs(index, block, layers, float_stream, quantized_stream)
+            if weights:
+                self._store.write(f"block-{index:05d}", weights)
+            self._source.finish(index, weights)
+            del block, layers, weights
+        trim_heap()
+        report = _with_cost(report, time.monotonic() - begin_s, tracker.result.cpu.peak_mb)
+        self._report.blocks.append(report)
+        self._report.memory.append((time.monotonic() - self._begin_s, get_cpu_memory()))
+        self._progress.block(index, report)
+
+    def _without_inputs(
+        self, layers: list[tuple[Layer, LayerSettings]]
+    ) -> tuple[dict[str, QuantizedWeight], tuple[LayerReport, ...]]:
+        weights: dict[str, QuantizedWeight] = {}
+        reports: list[LayerReport] = []
+        for layer, settings in layers:
+            weight = self._source.read(layer, self._means.device)
+            weights[layer.name] = _named(layer, lambda: quantize_rtn(weight, settings, self._scale_dtype))  # noqa: B023
+            reports.append(layer_report(layer.name, weight, weights[layer.name]))
+        return weights, tuple(reports)
+
+    def _with_inputs(
+        self,
+        index: int,
+        block: nn.Module,
+        layers: list[tuple[Layer, LayerSettings]],
+        float_stream: Stream,
+        quantized_stream: Stream,
+    ) -> tuple[dict[str, QuantizedWeight], BlockReport]:
+        name = self._source.block_names[index]
+
+        def run(hidden: Tensor) -> Tensor:
+            return self._call(index, block, hidden)
+
+        statistics = self._statistics(layers, run, quantized_stream)
+        # Where blocks are given float inputs there is one stream, and its inputs are needed until the end.
+        apart = quantized_stream is not float_stream
+        targets = float_stream if apart else Stream(*self._like(float_stream))
+        self._pass(run, float_stream, targets, name)
+        ranges = {layer.name: statistics.largest(layer) for layer, _ in layers} if self._is_static else None
+        weights: dict[str, QuantizedWeight] = {}
+        loss_before = best_step = None
+        losses: tuple[float, ...] = ()
+        with rounded_inputs(layers, self._config, ranges):
+            if self._trains and layers:
+                tuned = tune_block(
+                    block,
+                    layers,
+                    lambda layer: self._source.read(layer, self._means.device),
+                    run,
+                    quantized_stream,
+                    targets,
+                    len(self._tokens) if self._tokens is not None else 0,
+                    self._config,
+                    micro_batch=self._means.micro_batch,
+                    seed=f"{self._config.seed}:{index}",
+                    on_step=lambda step, loss: self._progress.step(index, step, loss),
+                )
+                weights, loss_before = tuned.weights, tuned.loss_before
+                best_step, losses = tuned.best_step, tuned.losses
+            else:
+                weights, loss_before = self._rounded(layers, statistics, run, quantized_stream, targets)
+            loss_after = self._pass(run, quantized_stream, quantized_stream if apart else None, name, targets)
+        if not apart:
+            for batch in self._batches():
+                float_stream.write(batch, targets.read(batch))
+            targets.close()
+        reports = tuple(
+            layer_report(layer.name, self._source.read(layer, self._means.device), weights[layer.name])
+            for layer, _ in layers
+        )
+        report = BlockReport(
+            name=name,
+            layers=reports,
+            loss_before=loss_before if layers else None,
+            loss_after=loss_after if layers else None,
+            best_step=best_step,
+            step_losses=losses,
+        )
+        return weights, report
+
+    @property
+    def _is_static(self) -> bool:
+        return self._config.act_bits == 8 and not self._config.act_dynamic
+
+    def _like(self, stream: Stream) -> tuple[int, tuple[int, ...], torch.dtype, Path | None]:
+        samples = 0 if self._tokens is None else len(self._tokens)
+        return samples, stream.shape, stream.dtype, self._means.spill_folder
+
+    def _statistics(
+        self, layers: list[tuple[Layer, LayerSettings]], run: Callable[[Tensor], Tensor], stream: Stream
+    ) -> InputStatistics:
+        statistics = InputStatistics([layer for layer, _ in layers])
+        if self._is_static or self._config.quality == "optimized_rtn":
+            with statistics.watching(), torch.no_grad():
+                for batch in self._batches():
+                    run(stream.read(batch).to(self._means.device))
+        return statistics
+
+    def _rounded(
+        self,
+        layers: list[tuple[Layer, LayerSettings]],
+        statistics: InputStatistics,
+        run: Callable[[Tensor], Tensor],
+        inputs: Stream,
+        targets: Stream,
+    ) -> tuple[dict[str, QuantizedWeight], float]:
+        """Round without training: to nearest, which gives the loss before, and then as the method says."""
+        weights: dict[str, QuantizedWeight] = {}
+        searches = self._config.quality == "optimized_rtn"
+        loss = 0.0
+        for searching in (False, True) if searches else (False,):
+            for layer, settings in layers:
+                weight = self._source.read(layer, self._means.device)
+                if searching:
+                    importance = statistics.importance(layer, weight.shape[1]).to(weight.device)
+                    weights[layer.name] = _named(
+                        layer,
+                        lambda: quantize_optimized_rtn(weight, settings, self._scale_dtype, importance),  # noqa: B023
+                    )
+                else:
+                    weights[layer.name] = _named(
+                        layer,
+                        lambda: quantize_rtn(weight, settings, self._scale_dtype),  # noqa: B023
+                    )
+                with torch.no_grad(), layer.open(layer.weight.data) as matrix:
+                    matrix.copy_(weights[layer.name].dequantize(matrix.dtype))
+            if not searching:
+                loss = self._pass(run, inputs, None, "", targets)
+        return weights, loss
+
+    def _pass(
+        self,
+        run: Callable[[Tensor], Tensor],
+        inputs: Stream,
+        outputs: Stream | None,
+        name: str,
+        targets: Stream | None = None,
+    ) -> float:
+        """Run the block on all samples; return the mean squared error to the targets, if there are any."""
+        error, samples = 0.0, 0
+        with torch.no_grad():
+            for batch in self._batches():
+                output = run(inputs.read(batch).to(self._means.device))
+                if not bool(output.isfinite().all()):
+                    raise QuantizationError(
+                        f"{name} puts out NaN or infinity for samples {batch[0]} to {batch[-1]} of the "
+                        "calibration; its weights are damaged, or its activations overflow."
+                    )
+                if targets is not None:
+                    target = targets.read(batch).to(self._means.device)
+                    error += float((output.float() - target).square().mean()) * len(batch)
+                if outputs is not None:
+                    outputs.write(batch, output)
+                samples += len(batch)
+        return error / max(1, samples)
+
+
+def _named(layer: Layer, quantize: Callable[[], QuantizedWeight]) -> QuantizedWeight:
+    try:
+        return quantize()
+    except QuantizationError as failure:
+        raise QuantizationError(f"{layer.name}: {failure}") from failure
+
+
+def _with_cost(report: BlockReport, wall_s: float, peak_mb: float) -> BlockReport:
+    return BlockReport(
+        name=report.name,
+        layers=report.layers,
+        loss_before=report.loss_before,
+        loss_after=report.loss_after,
+        best_step=report.best_step,
+        step_losses=report.step_losses,
+        wall_s=wall_s,
+        peak_mb=peak_mb,
+    )
