@@ -115,7 +115,7 @@ def run_variant(variant: str, folder: Path) -> dict[str, float]:
                 options["device_map"] = {**dict.fromkeys(parts, "disk"), "model.norm": "cpu"}
                 options["offload_folder"] = offload
             model = modeling_llama.LlamaForCausalLM.from_pretrained(folder, **options)
-        total = float(model(input_ids=tokens, use_cache=False).logits.double().abs().sum())
+        total = float(model(input_ids=tokens, use_cache=False).logits[0, -1].abs().sum(dtype=torch.float64))
     return {
         "imports_mb": imports_mb,
         "peak_mb": memory_mb("VmHWM"),

@@ -149,6 +149,33 @@ def test_nothing_is_real_before_it_is_loaded_but_what_is_computed(
         assert torch.equal(model.get_buffer(name), wanted[name]), name
 
 
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_buffer_that_begins_empty_is_computed_all_the_same(
+    saved: Callable[[str], Path], asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = transformers.LlamaModel.__init__
+
+    def build(self: Any, config: Any) -> None:
+        original(self, config)
+        values = torch.empty(3).fill_(4)
+        self.register_buffer(
+            "fours", values * int(values[0].item() / 4) if asks else values, persistent=False
+        )
+
+    monkeypatch.setattr(transformers.LlamaModel, "__init__", build)
+    model: Any = empty_model(saved("llama"))
+    assert model.model.fours.tolist() == [4, 4, 4]
+    assert next(model.parameters()).is_meta
+
+
+def test_weights_are_not_even_allocated(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(saved("llama"), tmp_path, dirs_exist_ok=True)
+    # 8 EB each: more than any machine may promise.
+    change_config(tmp_path, vocab_size=2**48, hidden_size=2**12, head_dim=8)
+    model: Any = empty_model(tmp_path)
+    assert model.lm_head.weight.numel() == 2**60
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["gemma", "mixtral", "gpt2"])
 def test_half_precision_is_kept_or_asked_for(

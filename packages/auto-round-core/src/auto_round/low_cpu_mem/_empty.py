@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from auto_round._files import read_json_object, shown
 from auto_round.exceptions import CheckpointError, ConfigurationError, MissingPackageError
@@ -105,12 +107,13 @@ def empty_model(
     chosen = _choose_class(transformers, config, model_class, trust_remote_code)
     dtype = dtype or _stored_dtype(config, folder)
     config.dtype = dtype
+    if hasattr(chosen, "from_config"):
+        make, options = chosen.from_config, {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    else:
+        make, options = chosen._from_config, {"dtype": dtype}
     with _parameters_on_meta(transformers.PreTrainedModel):
         try:
-            if hasattr(chosen, "from_config"):
-                model: Any = chosen.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-            else:
-                model = chosen._from_config(config, dtype=dtype)
+            model = _build_without_memory(functools.partial(make, config, **options))
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
                 f"{folder / 'config.json'} describes no model that {chosen.__name__} can build: {error}"
@@ -225,6 +228,31 @@ def _parameters_on_meta(base_class: Any) -> Generator[None]:
             base_class.initialize_weights = original_initialize
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """Sends `torch.empty`, which is how torch begins a weight, to meta at once. For this thread alone."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _build_without_memory(build: Callable[[], Any]) -> Any:
+    """Build a model; its weights are not even allocated, unless it computes with what torch calls empty."""
+    # Weights that are allocated and freed, though never touched, leave holes in glibc's heap. Later blocks
+    # come from these, and stay resident when they are freed.
+    try:
+        with _EmptyOnMeta():
+            model = build()
+    except RuntimeError:
+        return build()
+    computed = (buffer for module in model.modules() for buffer in _computed_buffers(module).values())
+    return build() if any(buffer.is_meta for buffer in computed) else model
+
+
 def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
     """Follow what transformers says of modules that lose too much in 16 bits."""
     names: set[str] = set()
@@ -244,6 +272,11 @@ def _persistent_buffers_to_meta(model: nn.Module) -> None:
     for module in model.modules():
         for name, buffer in persistent_buffers(module).items():
             setattr(module, name, buffer.to("meta"))
+
+
+def _computed_buffers(module: nn.Module) -> dict[str, Tensor]:
+    stored = persistent_buffers(module)
+    return {name: buffer for name, buffer in module.named_buffers(recurse=False) if name not in stored}
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
