@@ -67,3 +67,35 @@ def test_it_says_what_it_did_or_why_not(monkeypatch, run_fresh):
 def test_a_threshold_out_of_range_is_refused(threshold: int):
     with pytest.raises(ValueError, match="4096"):
         allocator.tune_allocator(threshold)
+
+
+FAULTS = """
+import resource
+import av_memory
+{tune}
+for _ in range(40):
+    bytearray(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(av_memory.get_cpu_memory())
+av_memory.trim_heap()
+print(av_memory.get_cpu_memory())
+"""
+
+
+def test_a_large_trim_threshold_keeps_the_heap_until_it_is_trimmed(run_fresh):
+    if allocator._glibc_version() is None:
+        pytest.skip("this C library is not glibc")
+    small, _, _ = run_fresh(FAULTS.format(tune="av_memory.tune_allocator()")).split()
+    large, held, trimmed = run_fresh(
+        FAULTS.format(tune="av_memory.tune_allocator(32 << 20, trim_threshold_bytes=1 << 30)")
+    ).split()
+    # 4096 pages a block: without, each of the 40 is mapped and faulted in anew.
+    assert int(small) - int(large) > 30 * 4096
+    assert int(large) < 20_000
+    assert float(held) - float(trimmed) > 15
+
+
+@pytest.mark.parametrize("threshold", [-1, 2**31])
+def test_a_trim_threshold_out_of_range_is_refused(threshold):
+    with pytest.raises(ValueError, match="trim_threshold_bytes"):
+        allocator.tune_allocator(trim_threshold_bytes=threshold)
