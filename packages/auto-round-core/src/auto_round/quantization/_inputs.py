@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,20 +23,31 @@ from auto_round.quantization._activations_quant import (
 from auto_round.quantization._layers import Layer
 
 # What multiplies by a weight, and where in its arguments inputs and weight are.
-_PRODUCTS = {F.linear: (0, 1, "input", "weight"), torch.addmm: (1, 2, "mat1", "mat2")}
+_PRODUCTS: dict[Any, tuple[int, int, str, str]] = {
+    F.linear: (0, 1, "input", "weight"),
+    torch.addmm: (1, 2, "mat1", "mat2"),
+    torch.matmul: (0, 1, "input", "other"),
+    Tensor.matmul: (0, 1, "self", "other"),
+}
+# All experts at once: torch's own, and what transformers has where torch lacks it.
+_GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 
 
 class InputChanger(TorchFunctionMode):
     """Hands what is multiplied by a layer's weight to a function, and multiplies what that returns.
 
-    Experts are seen one by one, since what counts is the memory of the weight. Holds in this thread, within a
-    `with`.
+    Experts are seen one by one or all at once, since what counts is the memory of the weight. Holds in this
+    thread, within a `with`.
+
+    Raises:
+        QuantizationError: At the end of the `with`, experts had no inputs that were seen.
     """
 
     def __init__(self, layers: Iterable[Layer], change: Callable[[Layer, Tensor], Tensor]) -> None:
         super().__init__()
         self._layers = {layer.weight.untyped_storage().data_ptr(): layer for layer in layers}
         self._change = change
+        self._seen: set[str] = set()
 
     def __torch_function__(
         self,
@@ -45,16 +57,32 @@ class InputChanger(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _PRODUCTS:
-            inputs, weight, input_name, weight_name = _PRODUCTS[func]
+        product = _PRODUCTS.get(func)
+        if product is None and getattr(func, "__name__", "") in _GROUPED:
+            product = 0, 1, "input", "mat2"
+        if product is not None:
+            inputs, weight, input_name, weight_name = product
             by: Tensor = args[weight] if len(args) > weight else kwargs[weight_name]
             layer = self._layers.get(by.untyped_storage().data_ptr())
             if layer is not None:
+                self._seen.add(layer.name)
                 if len(args) > inputs:
                     args = (*args[:inputs], self._change(layer, args[inputs]), *args[inputs + 1 :])
                 else:
                     kwargs[input_name] = self._change(layer, kwargs[input_name])
         return func(*args, **kwargs)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)  # pyright: ignore[reportUnknownMemberType] - torch's has no types
+        for layer in self._layers.values():
+            # One expert may have nothing to do, all of a block never.
+            if error is None and layer.weight.ndim == 3 and layer.name not in self._seen:
+                raise QuantizationError(
+                    f"{layer.name} multiplies by copies of its experts, so that their inputs cannot be told; "
+                    "load the model with experts_implementation='grouped_mm' or 'eager'."
+                )
 
 
 class InputStatistics:
