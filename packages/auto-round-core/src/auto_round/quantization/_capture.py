@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from auto_round.exceptions import QuantizationError
+from auto_round.exceptions import CalibrationError, QuantizationError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,12 +69,18 @@ class Capture:
 
         Raises:
             QuantizationError: The blocks are not called one after another with hidden states.
+            CalibrationError: The model has no embedding for a token.
         """
         try:
             return self._run(tokens)
         except _TakesTuples:
             self._as_tuple = True
             return self._run(tokens)
+        except IndexError as failure:
+            raise CalibrationError(
+                f"{type(self._model).__name__} fails on the calibration's token ids, which are "
+                f"{tokens.min()} to {tokens.max()}: {failure}. It may have fewer embeddings than that."
+            ) from failure
 
     def _run(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         calls: list[Call] = []
