@@ -132,6 +132,9 @@ class AutoRound:
             QuantizationError: A weight, an activation or a loss is not finite; the message names the layer.
         """
         report = QuantizationReport(model=self._name, configuration=self.config.to_dict())
+        if self._needs_calibration:
+            # Else it would show after hours of work, as a block's outputs, of which no layer can be told.
+            self._source.check_finite(self.config.quantization)
         tokens = self._draw_calibration()
         with ExitStack() as undo:
             workspace = self._new_workspace()
@@ -220,9 +223,15 @@ class AutoRound:
 
     def _new_workspace(self) -> tempfile.TemporaryDirectory[str]:
         folder = self.config.memory.workspace_dir
-        if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix="auto-round-", dir=folder)
+        try:
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            return tempfile.TemporaryDirectory(prefix="auto-round-", dir=folder)
+        except OSError as failure:
+            raise ConfigurationError(
+                f"{folder or tempfile.gettempdir()} cannot be written to ({failure.strerror}); set "
+                "memory.workspace_dir to a folder that can."
+            ) from failure
 
     @property
     def _needs_calibration(self) -> bool:

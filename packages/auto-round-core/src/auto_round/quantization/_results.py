@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from auto_round._files import write_atomically
 from auto_round.config_manager import LayerSettings
+from auto_round.exceptions import ExportError
 from auto_round.low_cpu_mem._checkpoint import CheckpointReader
 from auto_round.packing._bitstream import pack, unpack
 from auto_round.quantization._quantized import QuantizedWeight
@@ -47,7 +49,11 @@ class ResultStore:
         return {name: settings for name, (settings, _) in self._settings.items()}
 
     def write(self, name: str, weights: Mapping[str, QuantizedWeight]) -> None:
-        """Write the layers of one block to a file of this name, whole or not at all."""
+        """Write the layers of one block to a file of this name, whole or not at all.
+
+        Raises:
+            ExportError: It cannot be written, as on a disk that is full.
+        """
         tensors: dict[str, Tensor] = {}
         for layer, weight in weights.items():
             codes = weight.codes.cpu()
@@ -60,7 +66,13 @@ class ResultStore:
         about = {layer: [asdict(w.settings), w.codes.shape[1]] for layer, w in weights.items()}
         metadata = {"format_version": "1", "layers": json.dumps(about)}
         path = self.folder / f"{name}.safetensors"
-        write_atomically(path, lambda temporary: _save(tensors, temporary, metadata))
+        try:
+            write_atomically(path, lambda temporary: _save(tensors, temporary, metadata))
+        except (OSError, SafetensorError) as failure:
+            raise ExportError(
+                f"{path} cannot be written: {failure}. Quantised weights wait in memory.workspace_dir until "
+                "they are saved; set it to a folder with room for them."
+            ) from failure
         for layer, weight in weights.items():
             self._files[layer] = path
             self._settings[layer] = weight.settings, weight.codes.shape[1]

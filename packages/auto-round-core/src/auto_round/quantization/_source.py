@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from av_memory import get_cpu_memory, get_memory_stats
@@ -74,6 +74,33 @@ class FloatModel(ABC):
     @abstractmethod
     def finish(self, index: int, weights: Mapping[str, QuantizedWeight]) -> None:
         """Let go what `load` returned; a module in memory takes over the quantised weights."""
+
+    @abstractmethod
+    def value(self, name: str) -> Tensor:
+        """Return a parameter by its full name, on any device; not to be changed."""
+
+    def check_finite(self, config: QuantizationConfig) -> None:
+        """Look at all weights of the blocks, and of the layers outside them that are quantised.
+
+        Takes memory for one of them.
+
+        Raises:
+            QuantizationError: One is NaN or infinite; the message names the parameter.
+        """
+        names = [
+            f"{prefix}.{name}"
+            for block, prefix in zip(self.blocks, self.block_names, strict=True)
+            for name, _ in block.named_parameters()
+        ]
+        for name in names + [layer.parameter_name for layer, _ in self.outside(config)]:
+            value = self.value(name).detach()
+            # Both ends of the range, since a mask of all that is finite would take memory.
+            if value.numel() and not bool(torch.stack(value.aminmax()).isfinite().all()):
+                raise QuantizationError(
+                    f"{name}: {int((~value.isfinite()).sum())} of {value.numel()} weights are NaN or "
+                    "infinite; the checkpoint is damaged or its training diverged. Nothing can be quantised "
+                    "from it."
+                )
 
     @contextmanager
     def whole_model(self, max_ram_mb: int | None) -> Generator[nn.Module]:  # noqa: ARG002
@@ -169,6 +196,10 @@ class CheckpointModel(FloatModel):
         stored = self.weights.read(layer.parameter_name, dtype=torch.float32)
         return layer.matrix(stored).contiguous().to(device)
 
+    def value(self, name: str) -> Tensor:
+        """Return a parameter by its full name, read from the checkpoint."""
+        return self.weights.read(name)
+
     def finish(self, index: int, weights: Mapping[str, QuantizedWeight]) -> None:  # noqa: ARG002
         """Let the block's weights go."""
         self.weights.unload_module(self.blocks[index])
@@ -213,7 +244,12 @@ class ModuleModel(FloatModel):
 
     def read(self, layer: Layer, device: torch.device) -> Tensor:
         """Return the float weight of a layer as a matrix [rows, in], new memory in fp32."""
-        return layer.matrix(self._own(layer).detach()).to(device, torch.float32, copy=True).contiguous()
+        stored = self.value(layer.parameter_name).detach()
+        return layer.matrix(stored).to(device, torch.float32, copy=True).contiguous()
+
+    def value(self, name: str) -> Tensor:
+        """Return a parameter by its full name, the module's own."""
+        return self.model.get_parameter(name)
 
     def finish(self, index: int, weights: Mapping[str, QuantizedWeight]) -> None:  # noqa: ARG002
         """Put the quantised weights into the module."""
@@ -226,9 +262,6 @@ class ModuleModel(FloatModel):
                 if layer.name in weights:
                     with layer.open(layer.weight.data) as matrix:
                         matrix.copy_(weights[layer.name].dequantize(matrix.dtype))
-
-    def _own(self, layer: Layer) -> Tensor:
-        return cast("Tensor", self.model.get_parameter(layer.parameter_name))
 
 
 def _all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -114,7 +114,7 @@ class Walk:
     def _embedded(self, tokens: Tensor) -> Stream:
         """Return what goes into the first block."""
         stream: Stream | None = None
-        with self._source.callable_head():
+        with ExitStack() as undo, self._source.callable_head():
             first: list[Call] | None = None
             for batch in self._batches():
                 hidden, calls = self._capture.run(tokens[batch])
@@ -126,6 +126,7 @@ class Walk:
                 if stream is None:
                     shape = hidden.shape[1:]
                     stream = Stream(len(tokens), shape, self._means.dtype, self._means.spill_folder)
+                    undo.callback(stream.close)
                 stream.write(batch, hidden)
                 if len(batch) not in self._calls:
                     self._calls[len(batch)] = self._moved(calls)
@@ -138,13 +139,17 @@ class Walk:
                             "for all sequences of one length can be calibrated."
                         )
                 first = first or calls
+            undo.pop_all()
         assert stream is not None  # noqa: S101 - there is at least one sample
         return stream
 
     def _copied(self, stream: Stream, samples: int) -> Stream:
         copy = Stream(samples, stream.shape, stream.dtype, self._means.spill_folder)
-        for batch in self._batches():
-            copy.write(batch, stream.read(batch))
+        with ExitStack() as undo:
+            undo.callback(copy.close)
+            for batch in self._batches():
+                copy.write(batch, stream.read(batch))
+            undo.pop_all()
         return copy
 
     def _moved(self, calls: list[Call]) -> list[Call]:
