@@ -96,10 +96,15 @@ def test_nothing_is_done_to_16_bits_or_to_other_weights(pair: nn.ModuleDict) -> 
     with rounded_inputs([(layers[0], INT)], QuantizationConfig()):
         assert torch.equal(pair["a"](x), F.linear(x, pair["a"].weight, pair["a"].bias))
     other = nn.Linear(8, 6)
-    expected = other(x)
+    weight = pair["a"].weight
+    expected, float_product = other(x), x @ weight.t()
+    rounded = int8(x, x.abs().amax(-1, keepdim=True) / 127)
     with rounded_inputs([(layers[0], INT)], config(True)):
         assert torch.equal(other(x), expected)
-        assert not torch.equal(F.linear(weight=pair["a"].weight, input=x), x @ pair["a"].weight.t())
+        products = F.linear(weight=weight, input=x), x @ weight.t(), torch.matmul(x, weight.t())
+    for product in products:
+        assert not torch.equal(product, float_product)
+        torch.testing.assert_close(product, rounded @ weight.t())
 
 
 def experts_of(model: Any) -> tuple[nn.Module, list[Layer]]:
