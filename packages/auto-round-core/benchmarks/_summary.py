@@ -11,7 +11,7 @@ from _cells import ROUNDED, TUNED, Cell
 from measuring import table
 
 Results = Mapping[str, Mapping[str, Any]]
-"""By the cell's name: perplexity by kind of text, cpu_s, wall_s, peak_mb."""
+"""By the cell's name: perplexity by kind of text, cpu_s, wall_s, peak_mb, made_with (versions)."""
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -23,6 +23,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 def recovered(rounded: float, value: float, floating: float) -> float:
     """How much of what rounding to nearest loses is won back: 1 is the float model, 0 is rounding."""
     return (rounded - value) / (rounded - floating)
+
+
+def distinct(values: Sequence[Any]) -> list[Any]:
+    """Each value once, in the order in which they come first."""
+    return [value for place, value in enumerate(values) if value not in values[:place]]
 
 
 def summarise(cells: Sequence[Cell], results: Results, floating: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -52,6 +57,7 @@ def summarise(cells: Sequence[Cell], results: Results, floating: Mapping[str, fl
                 "perplexity_error": error,
                 "cpu_s": statistics.fmean(one["cpu_s"] for one in found),
                 "peak_mb": max(one["peak_mb"] for one in found),
+                "made_with": distinct([one.get("made_with") for one in found]),
             }
             if baseline is not None:
                 rounded = results[f"{scheme}.{baseline}"]["perplexity"][evaluated]
@@ -71,7 +77,10 @@ def with_error(row: Mapping[str, Any] | None, field: str, digits: int, factor: f
 
 
 def show(rows: Sequence[dict[str, Any]], floating: Mapping[str, float]) -> str:
-    """Two Markdown tables for each kind of evaluation text: perplexity, and the share recovered."""
+    """Two Markdown tables for each kind of evaluation text: perplexity, and the share recovered.
+
+    A work folder may hold cells of several runs, with other versions of the packages; then these are said.
+    """
     found = {(row["scheme"], row["method"], row["calibration"], row["evaluation"]): row for row in rows}
     lines = list(dict.fromkeys((row["scheme"], row["calibration"]) for row in rows if row["calibration"]))
     tuned_schemes = {scheme for scheme, _ in lines}
@@ -92,4 +101,9 @@ def show(rows: Sequence[dict[str, Any]], floating: Mapping[str, float]) -> str:
             table(["scheme", "calibration", *TUNED], shares),
             "",
         ]
+    for method in (*ROUNDED, *TUNED):
+        made_with = distinct([one for row in rows if row["method"] == method for one in row["made_with"]])
+        if len(made_with) > 1:
+            said = [str(one) if one else "versions not recorded" for one in made_with]
+            parts.append(f"Cells of {method} were not all made alike: {'; '.join(said)}")
     return "\n".join(parts)

@@ -39,18 +39,21 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-def run_cell(cell: Cell, model: Path, folder: Path, peer: Path, *, compiled: bool) -> None:
-    """Quantise and evaluate in fresh processes, and keep what was found."""
+def run_cell(
+    cell: Cell, model: Path, folder: Path, python: Path | None, made_with: dict[str, Any], *, compiled: bool
+) -> None:
+    """Quantise and evaluate in fresh processes, and keep what was found and what it was made with."""
     log = folder / f"{cell.name}.log"
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         measured = quantize(
             cell.task(model, compiled=compiled),
-            python=peer if cell.method.startswith("intel") else None,
+            python=python,
             folder=Path(scratch),
             log=log,
             cache=folder.parent / "compiled",
         )
-        found = {**measured, "perplexity": evaluate(model, Path(scratch, "weights.safetensors"), log)}
+        perplexity = evaluate(model, Path(scratch, "weights.safetensors"), log)
+    found = {**measured, "perplexity": perplexity, "made_with": made_with}
     write_json(folder / f"{cell.name}.json", found)
     shown = ", ".join(f"{kind} {value:.3f}" for kind, value in found["perplexity"].items())
     print(f"{cell.name}: {shown}; {found['cpu_s']:.0f} CPU s", flush=True)
@@ -72,11 +75,20 @@ def main() -> None:
     print(", ".join(f"float, {kind}: {value:.3f}" for kind, value in floating.items()), flush=True)
     peer = intel_python(arguments.peer_python, work)
     files = {cell.name: folder / f"{cell.name}.json" for cell in cells}
+    machine = environment(["auto-round-core", "torch", "transformers", "tokenizers"])
+    theirs = versions(peer, ["auto-round", "torch", "transformers"])
+    made_with = {
+        None: {name: machine["versions"][name] for name in ("auto-round-core", "torch", "transformers")},
+        peer: {**theirs, "compiled": arguments.peer_compile},
+    }
     with ThreadPoolExecutor(max_workers=arguments.jobs) as pool:
         runs = [
-            pool.submit(run_cell, cell, model, folder, peer, compiled=arguments.peer_compile)
+            pool.submit(
+                run_cell, cell, model, folder, python, made_with[python], compiled=arguments.peer_compile
+            )
             for cell in wanted
             if not files[cell.name].is_file()
+            for python in [peer if cell.method.startswith("intel") else None]
         ]
         try:
             for run in as_completed(runs):
@@ -92,8 +104,8 @@ def main() -> None:
         "float": floating,
         "rows": rows,
         "cells": results,
-        "peers": {"intel": versions(peer, ["auto-round", "torch", "transformers"])},
-        "environment": environment(["auto-round-core", "torch", "transformers", "tokenizers"]),
+        "peers": {"intel": theirs},
+        "environment": machine,
     }
     print(f"written to {write_results(__file__, arguments.json, found)}")
 

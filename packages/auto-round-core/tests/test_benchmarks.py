@@ -106,6 +106,22 @@ def test_the_tables_hold_what_the_cells_say(bench: Any, baseline: str) -> None:
     assert "| w2g32-sym | code | 62.5 ± 12.5 |  |  |  |" in shown
 
 
+def test_cells_that_were_made_otherwise_are_told_of(bench: Any) -> None:
+    cells = bench.cells.all_cells(("code",), (0, 1))
+    cell = {"perplexity": {"code": 17.0}, "cpu_s": 1.0, "peak_mb": 1.0}
+    names = ["w2g32-sym.intel-200.code.s0", "w2g32-sym.intel-200.code.s1", "w3g128-sym.intel-200.code.s0"]
+    new, newer = {"torch": "2.9.1"}, {"torch": "2.15.0"}
+
+    def shown(*made_with: dict[str, str]) -> str:
+        pairs = zip(names, made_with, strict=True)
+        results = {name: {**cell, "made_with": one} for name, one in pairs}
+        return bench.summary.show(bench.summary.summarise(cells, results, {"code": 16.0}), {"code": 16.0})
+
+    assert "made alike" not in shown(new, new, new)
+    for mixed in (shown(new, newer, new), shown(new, new, newer)):
+        assert f"Cells of intel-200 were not all made alike: {new}; {newer}" in mixed
+
+
 def test_what_was_only_rounded_is_shown_too(bench: Any) -> None:
     cells = bench.cells.all_cells(("code",), (0,))
     results = {"w4g128-sym.rtn": {"perplexity": {"code": 17.0}, "cpu_s": 1.0, "peak_mb": 1.0}}
