@@ -72,11 +72,18 @@ def block_cost(
         dtype: In which it is computed.
         trains: Weights are trained.
     """
-    own = sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
+    own_bytes = sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
     sizes = [layer.weight.numel() for layer, _ in layers] or [0]
-    # Masters and codes of all layers, or what rounding one layer takes.
-    each = {"best": 17, "signround": 9}[config.quality] if trains else 0
-    weights = own + each * sum(sizes) + max(sizes) * (dtype.itemsize if trains else 16)
+    # What training keeps of all layers and one gradient, or what rounding one layer takes.
+    if trains:
+        kept = sum(_trained_bytes(layer, settings, config) for layer, settings in layers)
+        floats = max(
+            (layer.weight.numel() for layer, settings in layers if settings.weight_dtype != "int"), default=0
+        )
+        # Formats of floats are trained by autograd, whose steps take a layer several times over.
+        weights = own_bytes + kept + max(sizes) * dtype.itemsize + floats * 32
+    else:
+        weights = own_bytes + max(sizes) * 16
     activations = torch.Size(sample_shape).numel() if samples else 0
     return BlockCost(
         weights=weights,
@@ -127,6 +134,15 @@ def _needed_mb(cost: BlockCost, micro_batch: int, spills: bool, batch: int) -> f
     accumulated = cost.accumulated if micro_batch < batch else 0
     streams = 0 if spills else cost.streams
     return (cost.weights + accumulated + cost.sample * micro_batch + streams) / _MB + _SLACK_MB
+
+
+def _trained_bytes(layer: Layer, settings: LayerSettings, config: QuantizationConfig) -> int:
+    """Return what the tuner of a layer keeps: weight, what is trained, codes, and a few values a group."""
+    shape = layer.weight.shape
+    width = shape[-2 if layer.transposed else -1]
+    groups = layer.weight.numel() // (width if settings.group_size == -1 else settings.group_size)
+    each = 13 if config.quality == "best" and settings.weight_dtype == "int" else 9
+    return each * layer.weight.numel() + 32 * groups
 
 
 def _activation_bytes(
