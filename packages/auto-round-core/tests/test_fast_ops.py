@@ -1,5 +1,7 @@
 """The faster attention and norms against torch's own in double precision, forwards and backwards."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,3 +133,75 @@ def test_norms_are_given_back_after_an_error():
         fail()
     assert replaced == [True]
     assert "forward" not in vars(norm)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), -1)
+
+
+def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+class Rotating(nn.Module):
+    """Finds the function in its module at each call, as transformers' attention does."""
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, Tensor]:
+        return apply_rotary_pos_emb(*args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_positions_agree_forwards_and_backwards(dtype):
+    # Seen through transposed memory, as attention has them.
+    q, k = (
+        heads(count, 6, 16, count, dtype).transpose(1, 2).contiguous().transpose(1, 2) for count in (4, 2)
+    )
+    q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    cos, sin = (torch.randn(1, 6, 16, generator=generator).to(dtype) for _ in range(2))
+    grads = [torch.randn(part.shape, generator=generator).to(dtype) for part in (q, k)]
+    block = Rotating()
+    with fast_training(block):
+        out = block(q, k, cos, sin)
+        gradients = torch.autograd.grad(out, (q, k), grads)
+    assert "Rotated" in str(out[0].grad_fn)
+    wide = [part.detach().double().requires_grad_() for part in (q, k)]
+    expected = block(*wide, cos.double(), sin.double())
+    assert "Rotated" not in str(expected[0].grad_fn)
+    expected_gradients = torch.autograd.grad(expected, wide, [grad.double() for grad in grads])
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 3e-2}
+    for own, reference in zip((*out, *gradients), (*expected, *expected_gradients), strict=True):
+        torch.testing.assert_close(own.detach().double(), reference.detach(), **tolerance)
+
+
+def test_other_threads_keep_the_functions_that_they_had():
+    q, k = heads(2, 6, 16, 0), heads(2, 6, 16, 1)
+    cos = sin = torch.ones(1, 6, 16)
+    seen: list[str] = []
+
+    def look() -> None:
+        seen.append(str(Rotating()(q, k, cos, sin)[0].grad_fn))
+
+    with fast_training(Rotating()):
+        look()
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    assert "Rotated" in seen[0]
+    assert "Rotated" not in seen[1]
+
+
+def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def turn(x: Tensor) -> Tensor:
+        pairs = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+        return x * cos.unsqueeze(1) + pairs * sin.unsqueeze(1)
+
+    return turn(q), turn(k)
+
+
+def test_positions_that_rotate_otherwise_are_left_alone(monkeypatch):
+    monkeypatch.setitem(globals(), "apply_rotary_pos_emb", interleaved)
+    with fast_training(Rotating()):
+        assert globals()["apply_rotary_pos_emb"] is interleaved

@@ -49,6 +49,10 @@ class AutoRound:
     The work is checked before it starts as far as it can be: configuration, checkpoint, calibration, memory.
     Ctrl-C leaves nothing behind but what was there before.
 
+    Without `memory.max_ram_mb`, av-memory has the C library keep what is freed for the rest of the process,
+    which saves a million page faults a block; what is free is given back after each block. With it, and on
+    systems without glibc, nothing is kept.
+
     Args:
         model: Folder of a checkpoint as transformers writes it, the name of one in the local cache of the
             Hugging Face hub, or a torch module; `config.model_path` if None.
@@ -89,7 +93,9 @@ class AutoRound:
         self._tokenizer, self._calibration, self._progress = tokenizer, calibration, progress
         self._trust_remote_code = trust_remote_code
         self._name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
-        self._source = open_model(model, model_class, trust_remote_code=trust_remote_code)
+        # Parameters that are made in inference mode could not be trained outside it.
+        with torch.inference_mode(False):
+            self._source = open_model(model, model_class, trust_remote_code=trust_remote_code)
         self._workspace: tempfile.TemporaryDirectory[str] | None = None
         self._store: ResultStore | None = None
         self._report: QuantizationReport | None = None
@@ -131,6 +137,11 @@ class AutoRound:
             ConfigurationError: `memory.max_ram_mb` is too little; the message says what would do.
             QuantizationError: A weight, an activation or a loss is not finite; the message names the layer.
         """
+        # Training takes gradients, whatever the caller does.
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._quantize()
+
+    def _quantize(self) -> QuantizationReport:
         report = QuantizationReport(model=self._name, configuration=self.config.to_dict())
         if self._needs_calibration:
             # Else it would show after hours of work, as a block's outputs, of which no layer can be told.
@@ -307,7 +318,9 @@ class AutoRound:
         if device.type == "cuda" or tokens is None:
             most = self.config.memory.gpu_batch_size if device.type == "cuda" else quantization.batch_size
             micro = min(quantization.batch_size, most)
-            return Means(device=device, dtype=dtype, micro_batch=micro, spill_folder=None)
+            return Means(
+                device=device, dtype=dtype, micro_batch=micro, spill_folder=None, keeps_heap=limit is None
+            )
         with self._source.callable_head():
             hidden, calls = Capture(self._source.model, list(self._source.blocks)).run(tokens[:1])
         costs = [
@@ -332,7 +345,13 @@ class AutoRound:
                 f"into {limit} MB."
             )
         folder = workspace if plan.spills else None
-        return Means(device=device, dtype=dtype, micro_batch=plan.micro_batch, spill_folder=folder)
+        return Means(
+            device=device,
+            dtype=dtype,
+            micro_batch=plan.micro_batch,
+            spill_folder=folder,
+            keeps_heap=limit is None,
+        )
 
     def _one_of_each(self, calls: list[Call]) -> Generator[tuple[nn.Module, str, Call]]:
         """Yield the blocks that differ in their layers' shapes or settings, with name and call."""

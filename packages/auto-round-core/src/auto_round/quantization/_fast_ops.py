@@ -1,14 +1,16 @@
 """Faster ways to the same results, for blocks that are run forwards and backwards hundreds of times on a CPU.
 
-torch's fused attention is slow backwards on a CPU, and a root mean square norm in plain operations makes a
-dozen passes over the activations. Both are replaced while a block is trained, and nothing else is: see
-`fast_training`.
+torch's fused attention is slow backwards on a CPU, and root mean square norms and rotary positions in plain
+operations make a dozen passes over the activations each. These are replaced while a block is trained, where a
+trial shows that the results are the same, and nothing else is: see `fast_training`.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -23,19 +25,23 @@ _MOST_BYTES = 256 << 20
 
 @contextmanager
 def fast_training(block: nn.Module) -> Generator[None]:
-    """Have a block's attention and norms computed faster within a `with`, on the CPU.
+    """Have parts of a block computed faster within a `with`, on the CPU and in this thread.
 
-    Only calls of `scaled_dot_product_attention` that are causal, without a mask of their own, dropout or
-    values of another width, in this thread; and only norms that give the same results as before, to the
-    rounding of their dtype.
+    Attention only where `scaled_dot_product_attention` is called for causal attention without a mask of its
+    own, dropout or values of another width. Norms and rotary positions only where a trial gives what they
+    gave before, to the rounding of their dtype.
     """
-    patched = [module for module in block.modules() if _replace_norm(module)]
-    try:
-        with _Attention():
-            yield
-    finally:
-        for module in patched:
-            del module.forward
+    with ExitStack() as stack:
+        for module in block.modules():
+            if _replace_norm(module):
+                stack.callback(delattr, module, "forward")
+        for home in {sys.modules[type(module).__module__] for module in block.modules()}:
+            original = vars(home).get("apply_rotary_pos_emb")
+            if original is not None and _rotates_halves(original):
+                setattr(home, "apply_rotary_pos_emb", _rotary(original, threading.get_ident()))  # noqa: B010
+                stack.callback(setattr, home, "apply_rotary_pos_emb", original)
+        stack.enter_context(_Attention())
+        yield
 
 
 class _Attention(TorchFunctionMode):
@@ -171,3 +177,55 @@ def _bound_norm(gain: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
 
 def _apply_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return cast("Any", _RMSNorm).apply(x, gain, eps)
+
+
+class _Rotated(torch.autograd.Function):
+    """x * cos + rotate_half(x) * sin; x is [batch, heads, tokens, width], cos and sin [.., tokens, width]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # pyright: ignore
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        out = torch.empty(x.shape, dtype=x.dtype)
+        torch.mul(x, cos, out=out)
+        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        cos, sin = ctx.saved_tensors
+        grad = grads[0]
+        half = grad.shape[-1] // 2
+        d_x = grad * cos
+        d_x[..., :half].addcmul_(grad[..., half:], sin[..., half:])
+        d_x[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
+        return d_x, None, None
+
+
+def _rotary(original: Callable[..., Any], thread: int) -> Callable[..., Any]:
+    """Return rotary positions that are faster in one thread, and as they were in all others."""
+
+    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        plain = not args and not kwargs and q.ndim == k.ndim == 4 and cos.ndim == 3
+        fits = plain and q.shape[-1] == cos.shape[-1] and q.dtype == cos.dtype and q.device.type == "cpu"
+        if not fits or threading.get_ident() != thread:
+            return original(q, k, cos, sin, *args, **kwargs)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        rotated = cast("Any", _Rotated)
+        return rotated.apply(q, cos, sin), rotated.apply(k, cos, sin)
+
+    return apply
+
+
+def _rotates_halves(apply: Callable[..., Any]) -> bool:
+    """Return whether a function rotates queries and keys as Llama does."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 3, 8, generator=generator) for heads in (2, 1))
+    cos, sin = (torch.randn(1, 3, 8, generator=generator) for _ in range(2))
+    try:
+        given = apply(q, k, cos, sin)
+    except (TypeError, RuntimeError):
+        return False
+    own = _rotary(apply, threading.get_ident())(q, k, cos, sin)
+    return all(torch.allclose(left, right, atol=1e-6) for left, right in zip(given, own, strict=True))

@@ -25,7 +25,7 @@ from auto_round.quantization._signround import IntegerSignRound
 from auto_round.quantization._streams import Stream
 
 _MANY_ITERS, _FEW_BITS = 1000, 3
-_BEST_RATE, _BEST_SCALE_RATE = 5e-3, 5e-3
+_BEST_RATE, _BEST_SCALE_RATE = 2e-2, 1e-2
 
 
 class Tuner(Protocol):

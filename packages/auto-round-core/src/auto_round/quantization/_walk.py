@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from av_memory import MemoryTracker, get_cpu_memory, trim_heap
+from av_memory import MemoryTracker, get_cpu_memory, trim_heap, tune_allocator
 from torch import Tensor, nn
 
 from auto_round.config_manager import LayerSettings, QuantizationConfig
@@ -25,6 +25,8 @@ from auto_round.quantization._rtn import quantize_optimized_rtn, quantize_rtn
 from auto_round.quantization._source import FloatModel, block_layers
 from auto_round.quantization._streams import Stream
 from auto_round.quantization._tuning import tune_block
+
+_MMAP_BYTES, _KEPT_BYTES = 32 << 20, 1 << 30
 
 
 class Progress(Protocol):
@@ -53,6 +55,9 @@ class Means:
     """Samples that go through a block at once."""
     spill_folder: Path | None
     """Where activations are kept; None for memory."""
+    keeps_heap: bool = True
+    """Have the C library keep what is freed within a block for what is allocated next; a step allocates the
+    same sizes over and over, and a page that is mapped anew costs more than what is done with it."""
 
 
 class Walk:
@@ -166,6 +171,9 @@ class Walk:
     def _block(self, index: int, float_stream: Stream | None, quantized_stream: Stream | None) -> None:
         name = self._source.block_names[index]
         begin_s = time.monotonic()
+        if self._means.keeps_heap:
+            # Each time: reading what comes before the blocks sets it the other way.
+            tune_allocator(_MMAP_BYTES, trim_threshold_bytes=_KEPT_BYTES)
         with MemoryTracker(name) as tracker:
             block = self._source.load(index, self._means.device, self._means.dtype)
             layers = block_layers(block, name, self._config)
