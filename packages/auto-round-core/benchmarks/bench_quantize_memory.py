@@ -59,7 +59,6 @@ def run_variant(name: str, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     variant = VARIANTS[name]
-    # Not in one piece, so that the tokens' own allocation leaves no trace.
     tokens = torch.randint(VOCABULARY, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0))
     # The kernel then counts the high-water mark from here on, without what the imports held for a moment.
     Path("/proc/self/clear_refs").write_text("5")
