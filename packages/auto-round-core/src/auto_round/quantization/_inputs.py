@@ -20,6 +20,7 @@ from auto_round.quantization._activations_quant import (
     fake_quantize_static,
     fake_quantize_tokens,
 )
+from auto_round.quantization._experts import GROUPED_PRODUCTS
 from auto_round.quantization._layers import Layer
 
 # What multiplies by a weight, and where in its arguments inputs and weight are.
@@ -29,8 +30,6 @@ _PRODUCTS: dict[Any, tuple[int, int, str, str]] = {
     torch.matmul: (0, 1, "input", "other"),
     Tensor.matmul: (0, 1, "self", "other"),
 }
-# All experts at once: torch's own, and what transformers has where torch lacks it.
-_GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 
 
 class InputChanger(TorchFunctionMode):
@@ -58,7 +57,7 @@ class InputChanger(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         product = _PRODUCTS.get(func)
-        if product is None and getattr(func, "__name__", "") in _GROUPED:
+        if product is None and getattr(func, "__name__", "") in GROUPED_PRODUCTS:
             product = 0, 1, "input", "mat2"
         if product is not None:
             inputs, weight, input_name, weight_name = product

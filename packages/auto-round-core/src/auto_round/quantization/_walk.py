@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from auto_round.config_manager import LayerSettings, QuantizationConfig
 from auto_round.exceptions import QuantizationError
 from auto_round.quantization._capture import Call, Capture, same_calls
+from auto_round.quantization._experts import FewShapes
 from auto_round.quantization._inputs import InputStatistics, rounded_inputs
 from auto_round.quantization._layers import Layer
 from auto_round.quantization._quantized import QuantizedWeight
@@ -174,7 +175,8 @@ class Walk:
         if self._means.keeps_heap:
             # Each time: reading what comes before the blocks sets it the other way.
             tune_allocator(_MMAP_BYTES, trim_threshold_bytes=_KEPT_BYTES)
-        with MemoryTracker(name) as tracker:
+        # Outermost, so that it is given the inputs as whatever is entered later has rounded them.
+        with FewShapes(), MemoryTracker(name) as tracker:
             block = self._source.load(index, self._means.device, self._means.dtype)
             layers = block_layers(block, name, self._config)
             if float_stream is None or quantized_stream is None:
