@@ -13,7 +13,7 @@ from auto_round.quantization._integers import (
 from auto_round.quantization._pieces import Scratch
 from auto_round.quantization._rtn import quantize_rtn
 from auto_round.quantization._signround import IntegerSignRound
-from auto_round.quantization._tuning import make_tuner
+from auto_round.quantization._tuning import make_tuner, sample_errors
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -186,3 +186,50 @@ def test_rates_follow_the_recipe():
     assert moved(3, iters=1000) == pytest.approx(2 / 1000)
     assert moved(4, iters=1000) == pytest.approx(1 / 1000)
     assert moved(2, iters=1000, lr=0.25) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_weight_of_which_only_rows_are_read_is_trained_the_same(symmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    w = torch.randn(1100, 128, generator=generator)
+    asked: list[int] = []
+
+    class Rows:
+        shape = (1100, 128)
+
+        def __getitem__(self, rows: slice, /) -> Tensor:
+            asked.append(len(w[rows]))
+            return w[rows].clone()
+
+    results: list[tuple[Tensor, Tensor]] = []
+    gradients = torch.randn(4, *w.shape, generator=generator)
+    for weight in (w, Rows()):
+        tuner = IntegerSignRound(
+            weight, settings(3, 64, symmetric), torch.float16, Scratch(CPU), rate=0.2, range_rate=0.1
+        )
+        written = torch.empty_like(w)
+        tuner.write(written, keep=True)
+        for step, gradient in enumerate(gradients):
+            tuner.step(gradient, written, 1.0, keep=step == 2)
+        results.append((written, tuner.result().dequantize()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(results[0][0], results[0][1])
+    # Never the whole, and in a step each row once.
+    assert max(asked) < 1100
+    assert sum(asked) == 1100 * (1 + 1 + 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_of_each_sample_and_its_gradient_are_those_of_the_plain_formula(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    output, target = (torch.randn(3, 7, 8, generator=generator).to(dtype) for _ in range(2))
+    shares = torch.tensor([0.5, 2.0, 0.0])
+    found: list[tuple[Tensor, Tensor]] = []
+    for errors in (sample_errors, lambda x, y: (x.float() - y.float()).square().flatten(1).mean(1)):
+        x = output.clone().requires_grad_()
+        loss = errors(x, target)
+        found.append((loss.detach(), torch.autograd.grad((loss * shares).sum(), x)[0]))
+    assert found[0][1].dtype == dtype
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-8)

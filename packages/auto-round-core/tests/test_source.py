@@ -210,3 +210,33 @@ def test_models_that_cannot_be_worked_on_are_refused(tmp_path: Path) -> None:
         open_model(empty)
     with pytest.raises(CheckpointError, match=r"has no weights: none of model\.safetensors"):
         open_model(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_are_those_of_the_whole_weight(
+    family: str, random_model: Callable[..., Any], opened: Callable[[str], FloatModel]
+) -> None:
+    for source in (
+        opened(family),
+        open_model(random_model(family)),
+        open_model(random_model(family).bfloat16()),
+    ):
+        for layer in source.all_layers():
+            whole, rows = source.read(layer, CPU), source.rows(layer, CPU)
+            assert tuple(rows.shape) == tuple(whole.shape)
+            for part in (slice(0, 1), slice(3, 20), slice(0, len(whole))):
+                assert torch.equal(rows[part], whole[part])
+                assert rows[part].is_contiguous()
+                assert rows[part].dtype == torch.float32
+
+
+def test_weights_that_lie_in_rows_are_not_held(
+    random_model: Callable[..., Any], opened: Callable[[str], FloatModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for source in (opened("llama"), open_model(random_model("llama")), open_model(random_model("gpt2"))):
+        with monkeypatch.context() as patch:
+            patch.setattr(source, "read", None)
+            assert all(source.rows(layer, CPU)[:2].shape[0] == 2 for layer in source.all_layers())
+    # On disk GPT-2's are columns of the matrix.
+    transposed = opened("gpt2")
+    assert {transposed.gives_rows(layer) for layer in transposed.all_layers() if layer.transposed} == {False}

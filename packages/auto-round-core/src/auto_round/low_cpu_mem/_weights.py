@@ -158,6 +158,15 @@ class ModelWeights:
                 result[(place, *piece.place[1:])].copy_(self._piece(piece, dtype))
         return result
 
+    def reads_rows(self, name: str) -> bool:
+        """Return whether `read_rows` reads no more than the rows: the tensor is stored as a whole, in order.
+
+        Raises:
+            CheckpointError: As for `tied_to`.
+        """
+        pieces = self.pieces(name)
+        return len(pieces) == 1 and not pieces[0].transposed and not pieces[0].place
+
     def load_module(
         self,
         module: nn.Module,

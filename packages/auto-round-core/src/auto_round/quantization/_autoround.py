@@ -49,9 +49,9 @@ class AutoRound:
     The work is checked before it starts as far as it can be: configuration, checkpoint, calibration, memory.
     Ctrl-C leaves nothing behind but what was there before.
 
-    Without `memory.max_ram_mb`, av-memory has the C library keep what is freed for the rest of the process,
-    which saves a million page faults a block; what is free is given back after each block. With it, and on
-    systems without glibc, nothing is kept.
+    For small blocks, where no `memory.max_ram_mb` is set, av-memory has the C library keep what is freed for
+    the rest of the process, which saves a million page faults a block; what is free is given back after each
+    block.
 
     Args:
         model: Folder of a checkpoint as transformers writes it, the name of one in the local cache of the
@@ -318,9 +318,7 @@ class AutoRound:
         if device.type == "cuda" or tokens is None:
             most = self.config.memory.gpu_batch_size if device.type == "cuda" else quantization.batch_size
             micro = min(quantization.batch_size, most)
-            return Means(
-                device=device, dtype=dtype, micro_batch=micro, spill_folder=None, keeps_heap=limit is None
-            )
+            return Means(device=device, dtype=dtype, micro_batch=micro, spill_folder=None)
         with self._source.callable_head():
             hidden, calls = Capture(self._source.model, list(self._source.blocks)).run(tokens[:1])
         costs = [
@@ -333,6 +331,7 @@ class AutoRound:
                 sample_shape=tuple(hidden.shape[1:]),
                 dtype=dtype,
                 trains=self._trains,
+                gives_rows=self._source.gives_rows,
             )
             for block, name, call in self._one_of_each(calls)
         ]
@@ -350,7 +349,7 @@ class AutoRound:
             dtype=dtype,
             micro_batch=plan.micro_batch,
             spill_folder=folder,
-            keeps_heap=limit is None,
+            keeps_heap=plan.keeps_heap,
         )
 
     def _one_of_each(self, calls: list[Call]) -> Generator[tuple[nn.Module, str, Call]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +11,19 @@ from torch import Tensor
 _CPU_VALUES = 1 << 16
 _GPU_VALUES = 1 << 24
 _BUFFERS = 5
+
+
+class WeightRows(Protocol):
+    """A matrix [rows, in] whose rows are asked for by slices, such as one on disk; a tensor is one too."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and inputs."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """Return some rows, fp32 and contiguous; they are not to be changed."""
+        ...
 
 
 class Scratch:
@@ -22,7 +36,7 @@ class Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self._values = _CPU_VALUES if device.type == "cpu" else _GPU_VALUES
-        self._device = device
+        self.device = device
         self._buffers: list[Tensor] = []
 
     def pieces(self, tensor: Tensor) -> Iterator[slice]:
@@ -35,5 +49,5 @@ class Scratch:
         """Return buffer number `index` in a tensor's shape, in fp32; what it holds is left over."""
         count = like.numel()
         if not self._buffers or len(self._buffers[0]) < count:
-            self._buffers = [torch.empty(count, device=self._device) for _ in range(_BUFFERS)]
+            self._buffers = [torch.empty(count, device=self.device) for _ in range(_BUFFERS)]
         return self._buffers[index][:count].view(like.shape)

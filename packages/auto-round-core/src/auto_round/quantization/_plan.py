@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from auto_round.quantization._layers import Layer
 _MB = 2**20
 _SLACK_MB = 48
 """For what is not counted: the interpreter's own growth, buffers of files, holes in the heap."""
+_SMALL_MB = 256
+"""Up to this much kept memory hardly counts, and page faults do; large blocks take their time to multiply."""
 _AMPLE = 0.25
 """The share of the machine's free memory that streams may take where no limit is set."""
 
@@ -47,6 +50,8 @@ class Plan:
     """Activations between blocks are kept on disk."""
     needed_mb: float
     """What this is expected to take, in MB of 2**20 bytes, with what the process holds already."""
+    keeps_heap: bool = False
+    """The work is so small that memory which is freed may be kept, for speed."""
 
 
 def block_cost(
@@ -59,6 +64,7 @@ def block_cost(
     sample_shape: tuple[int, ...],
     dtype: torch.dtype,
     trains: bool,
+    gives_rows: Callable[[Layer], bool],
 ) -> BlockCost:
     """Return what it takes to work on a block.
 
@@ -71,12 +77,13 @@ def block_cost(
         sample_shape: Of one sample's activations, (tokens, width).
         dtype: In which it is computed.
         trains: Weights are trained.
+        gives_rows: Says whether a layer's float weight need not be held, as `FloatModel.gives_rows` does.
     """
     own_bytes = sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
     sizes = [layer.weight.numel() for layer, _ in layers] or [0]
     # What training keeps of all layers and one gradient, or what rounding one layer takes.
     if trains:
-        kept = sum(_trained_bytes(layer, settings, config) for layer, settings in layers)
+        kept = sum(_trained_bytes(layer, settings, config, gives_rows(layer)) for layer, settings in layers)
         floats = max(
             (layer.weight.numel() for layer, settings in layers if settings.weight_dtype != "int"), default=0
         )
@@ -105,7 +112,10 @@ def make_plan(cost: BlockCost, config: QuantizationConfig, max_ram_mb: int | Non
     if max_ram_mb is None:
         spills = cost.streams / _MB > _AMPLE * get_memory_stats().machine_available_mb
         return Plan(
-            micro_batch=batch, spills=spills, needed_mb=held_mb + _needed_mb(cost, batch, spills, batch)
+            micro_batch=batch,
+            spills=spills,
+            needed_mb=held_mb + _needed_mb(cost, batch, spills, batch),
+            keeps_heap=_needed_mb(cost, batch, True, batch) < _SMALL_MB,
         )
     micro = batch
     for spills in (False, True):
@@ -136,12 +146,14 @@ def _needed_mb(cost: BlockCost, micro_batch: int, spills: bool, batch: int) -> f
     return (cost.weights + accumulated + cost.sample * micro_batch + streams) / _MB + _SLACK_MB
 
 
-def _trained_bytes(layer: Layer, settings: LayerSettings, config: QuantizationConfig) -> int:
-    """Return what the tuner of a layer keeps: weight, what is trained, codes, and a few values a group."""
+def _trained_bytes(layer: Layer, settings: LayerSettings, config: QuantizationConfig, in_place: bool) -> int:
+    """Return what the tuner of a layer keeps: the weight where it must, and what is trained."""
     shape = layer.weight.shape
     width = shape[-2 if layer.transposed else -1]
     groups = layer.weight.numel() // (width if settings.group_size == -1 else settings.group_size)
-    each = 13 if config.quality == "best" and settings.weight_dtype == "int" else 9
+    each = 9
+    if settings.weight_dtype == "int":
+        each = 13 if config.quality == "best" else 5 if in_place else 9
     return each * layer.weight.numel() + 32 * groups
 
 
@@ -182,5 +194,5 @@ def _activation_bytes(
         sizes = [tokens * sum(layer.weight.shape[-2:]) * 2 * dtype.itemsize for layer, _ in layers]
     largest = max(sizes, default=0)
     wide = torch.Size(sample_shape).numel() * 4
-    # Backwards a few gradients of the largest activations are there as well, and the loss in fp32.
-    return (sum(sizes) if trains else 0) + 4 * max(largest, wide) + 3 * wide
+    # Backwards a few gradients of the largest activations are there as well, and output and target.
+    return (sum(sizes) if trains else 0) + 3 * max(largest, wide) + 2 * hidden.nbytes

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from auto_round._files import write_json
 from auto_round.config_manager import LayerSettings
 from auto_round.quantization._grouping import row_chunks
+from auto_round.quantization._pieces import WeightRows
 from auto_round.quantization._quantized import QuantizedWeight
 
 _FORMAT_VERSION = 1
@@ -104,10 +104,11 @@ class QuantizationReport:
         write_json(path, self.to_dict())
 
 
-def layer_report(name: str, weight: Tensor, quantized: QuantizedWeight) -> LayerReport:
+def layer_report(name: str, weight: WeightRows, quantized: QuantizedWeight) -> LayerReport:
     """Compare a float weight [rows, in] with what it became."""
+    count = math.prod(weight.shape)
     signal = noise = 0.0
-    for rows in row_chunks(*weight.shape):
+    for rows in row_chunks(*quantized.codes.shape):
         part = QuantizedWeight(
             settings=quantized.settings,
             codes=quantized.codes[rows],
@@ -122,9 +123,9 @@ def layer_report(name: str, weight: Tensor, quantized: QuantizedWeight) -> Layer
     return LayerReport(
         name=name,
         settings=quantized.settings,
-        weights=weight.numel(),
+        weights=count,
         sqnr_db=sqnr,
-        stored_bits=_stored_bits(quantized) / weight.numel(),
+        stored_bits=_stored_bits(quantized) / count,
     )
 
 

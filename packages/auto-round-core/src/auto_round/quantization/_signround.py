@@ -20,7 +20,7 @@ from torch import Tensor
 from auto_round.config_manager import LayerSettings
 from auto_round.quantization._grouping import grouped
 from auto_round.quantization._integers import asymmetric_scale, group_range, symmetric_scale
-from auto_round.quantization._pieces import Scratch
+from auto_round.quantization._pieces import Scratch, WeightRows
 from auto_round.quantization._quantized import QuantizedWeight
 
 
@@ -30,7 +30,7 @@ class IntegerSignRound:
     Letters: R rows, G groups of a row, K values of a group.
 
     Args:
-        weight: fp32 [R, G*K], finite; it is kept, not copied, and never changed.
+        weight: fp32 [R, G*K], finite, or what gives its rows; it is kept, not copied, and never changed.
         settings: Bits, group size, symmetric or not.
         scale_dtype: In which scales are rounded, in training as in the result.
         scratch: Buffers for one piece, which all layers of a block can share.
@@ -40,7 +40,7 @@ class IntegerSignRound:
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | WeightRows,
         settings: LayerSettings,
         scale_dtype: torch.dtype,
         scratch: Scratch,
@@ -50,24 +50,25 @@ class IntegerSignRound:
     ) -> None:
         self._settings, self._scale_dtype, self._scratch = settings, scale_dtype, scratch
         self._rate, self._range_rate = rate, range_rate
-        self._w_RGK = grouped(weight, settings.group_size)
-        self._offset_RGK = torch.zeros_like(self._w_RGK)
-        self._low_RG, self._high_RG = group_range(self._w_RGK)
+        self._weight = weight
+        shape = tuple(weight.shape)
+        self._offset_RGK = grouped(torch.zeros(shape, device=scratch.device), settings.group_size)
+        ranges = [group_range(self._read(rows)) for rows in scratch.pieces(self._offset_RGK)]
+        self._low_RG, self._high_RG = (torch.cat(parts) for parts in zip(*ranges, strict=True))
         self._low_factor_RG = torch.ones_like(self._low_RG)
         self._high_factor_RG = torch.ones_like(self._low_RG)
-        self._best_codes_RGK = torch.empty_like(self._w_RGK, dtype=torch.uint8)
-        self._set_scale()
-        self._best_scale_RG, self._best_zero_RG = self._scale_RG, self._zero_RG
+        self._best_codes_RGK = torch.empty_like(self._offset_RGK, dtype=torch.uint8)
+        self._scale_RG, self._zero_RG = self._new_scale(slice(None))
+        self._best_scale_RG = self._scale_RG.clone()
+        self._best_zero_RG = None if self._zero_RG is None else self._zero_RG.clone()
 
     def write(self, target: Tensor, *, keep: bool = False) -> None:
         """Write the quantised weight as it stands into `target` [R, G*K]; `keep` remembers it as best."""
-        for rows in self._scratch.pieces(self._w_RGK):
-            code, _, _ = self._round(rows)
+        for rows in self._scratch.pieces(self._offset_RGK):
+            code, _, _ = self._round(self._read(rows), rows)
             if keep:
-                self._keep_codes(rows, code)
+                self._keep(rows, code)
             self._write_piece(target, rows, code)
-        if keep:
-            self._best_scale_RG, self._best_zero_RG = self._scale_RG, self._zero_RG
 
     def step(self, gradient: Tensor, target: Tensor, factor: float, *, keep: bool) -> None:
         """Take a step against the gradient and write the new weight.
@@ -78,34 +79,30 @@ class IntegerSignRound:
             factor: What is left of the rates at this step of the schedule.
             keep: Remember the weight as it was before the step.
         """
-        by_scale_RG = torch.empty_like(self._scale_RG)
-        clipped_RG = torch.empty_like(self._scale_RG) if self._zero_RG is not None else None
-        sign_RG1 = self._scale_RG.sign().unsqueeze(-1)
-        for rows in self._scratch.pieces(self._w_RGK):
-            code, unclipped, ratio = self._round(rows)
+        # Groups lie within rows, so a piece is done with once its own weights have been read.
+        for rows in self._scratch.pieces(self._offset_RGK):
+            w = self._read(rows)
+            code, unclipped, ratio = self._round(w, rows)
             if keep:
-                self._keep_codes(rows, code)
+                self._keep(rows, code)
             grad = self._scratch.take(3, code)
             grad.copy_(gradient[rows].view(code.shape))
             # d scale: sum of g * (q - (w / s) * [not clipped])
             inner = torch.mul(ratio, unclipped, out=ratio)
-            torch.sub(code, inner, out=inner).mul_(grad)
-            torch.sum(inner, -1, out=by_scale_RG[rows])
-            if clipped_RG is not None:
-                torch.sum(grad, -1, out=clipped_RG[rows])
+            by_scale = torch.sub(code, inner, out=inner).mul_(grad).sum(-1)
+            clipped = None if self._zero_RG is None else grad.sum(-1)
             grad.mul_(unclipped)
-            if clipped_RG is not None:
-                clipped_RG[rows] -= torch.sum(grad, -1)
-            torch.sign(grad, out=grad).mul_(sign_RG1[rows])
+            if clipped is not None:
+                clipped -= grad.sum(-1)
+            torch.sign(grad, out=grad).mul_(self._scale_RG[rows].sign().unsqueeze(-1))
             self._offset_RGK[rows].add_(grad, alpha=-factor * self._rate)
-        if keep:
-            self._best_scale_RG, self._best_zero_RG = self._scale_RG, self._zero_RG
-        self._step_range(by_scale_RG, clipped_RG, factor * self._range_rate)
-        self.write(target)
+            self._step_range(rows, by_scale, clipped, factor * self._range_rate)
+            code, _, _ = self._round(w, rows)
+            self._write_piece(target, rows, code)
 
     def result(self) -> QuantizedWeight:
         """Return the best quantisation that was remembered."""
-        rows, groups, size = self._w_RGK.shape
+        rows, groups, size = self._offset_RGK.shape
         return QuantizedWeight(
             settings=self._settings,
             codes=self._best_codes_RGK.view(rows, groups * size),
@@ -113,17 +110,19 @@ class IntegerSignRound:
             zero=None if self._best_zero_RG is None else self._best_zero_RG.to(torch.uint8),
         )
 
-    def _set_scale(self) -> None:
-        low, high = self._low_RG * self._low_factor_RG, self._high_RG * self._high_factor_RG
+    def _new_scale(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        low = self._low_RG[rows] * self._low_factor_RG[rows]
+        high = self._high_RG[rows] * self._high_factor_RG[rows]
         bits = self._settings.bits
         if self._settings.symmetric:
-            self._scale_RG, self._zero_RG = symmetric_scale(low, high, bits, self._scale_dtype), None
-        else:
-            self._scale_RG, self._zero_RG = asymmetric_scale(low, high, bits, self._scale_dtype)
+            return symmetric_scale(low, high, bits, self._scale_dtype), None
+        return asymmetric_scale(low, high, bits, self._scale_dtype)
 
-    def _round(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, rows: slice) -> Tensor:
+        return grouped(self._weight[rows], self._settings.group_size)
+
+    def _round(self, w: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return centred codes, 1 where nothing was clipped and 0 elsewhere, and weight / scale."""
-        w = self._w_RGK[rows]
         ratio, unclipped, code = (self._scratch.take(index, w) for index in range(3))
         torch.div(w, self._scale_RG[rows].unsqueeze(-1), out=ratio)
         torch.add(ratio, self._offset_RGK[rows], out=unclipped).round_()
@@ -137,31 +136,38 @@ class IntegerSignRound:
         torch.eq(unclipped, code, out=unclipped)
         return code, unclipped, ratio
 
-    def _keep_codes(self, rows: slice, code: Tensor) -> None:
+    def _keep(self, rows: slice, code: Tensor) -> None:
         zero: Tensor | int = 1 << self._settings.bits - 1
-        if self._zero_RG is not None:
+        if self._zero_RG is not None and self._best_zero_RG is not None:
             zero = self._zero_RG[rows].unsqueeze(-1)
+            self._best_zero_RG[rows] = self._zero_RG[rows]
+        self._best_scale_RG[rows] = self._scale_RG[rows]
         self._best_codes_RGK[rows].copy_(torch.add(code, zero, out=self._scratch.take(4, code)))
 
     def _write_piece(self, target: Tensor, rows: slice, code: Tensor) -> None:
         code.mul_(self._scale_RG[rows].unsqueeze(-1))
         target[rows].copy_(code.view(len(code), -1))
 
-    def _step_range(self, by_scale_RG: Tensor, clipped_RG: Tensor | None, rate: float) -> None:
+    def _step_range(self, rows: slice, by_scale: Tensor, clipped: Tensor | None, rate: float) -> None:
         """Turn the gradient of the scales into that of the range's factors, and step."""
-        if clipped_RG is None:
+        low_end, high_end, scale = self._low_RG[rows], self._high_RG[rows], self._scale_RG[rows]
+        low_factor, high_factor = self._low_factor_RG[rows], self._high_factor_RG[rows]
+        if clipped is None:
             # scale = +-max(-low a, high b) / 2**(bits - 1): only the larger side matters, both in a tie.
-            below, above = -self._low_RG * self._low_factor_RG, self._high_RG * self._high_factor_RG
-            towards_low = by_scale_RG * -self._low_RG * self._scale_RG.sign() * (below >= above)
-            towards_high = by_scale_RG * self._high_RG * self._scale_RG.sign() * (above >= below)
+            below, above = -low_end * low_factor, high_end * high_factor
+            signed = by_scale * scale.sign()
+            towards_low = signed * -low_end * (below >= above)
+            towards_high = signed * high_end * (above >= below)
         else:
             most = float((1 << self._settings.bits) - 1)
-            by_zero = -self._scale_RG * clipped_RG
+            by_zero = -scale * clipped
             # zero = round(-low / scale), scale = (high - low) / most
-            low = self._low_RG * self._low_factor_RG
-            total = by_scale_RG + by_zero * low / self._scale_RG.square()
-            towards_low = (-total / most - by_zero / self._scale_RG) * self._low_RG
-            towards_high = total / most * self._high_RG
-        self._low_factor_RG.sub_(towards_low.sign_(), alpha=rate).clamp_(0, 1)
-        self._high_factor_RG.sub_(towards_high.sign_(), alpha=rate).clamp_(0, 1)
-        self._set_scale()
+            low = low_end * low_factor
+            total = by_scale + by_zero * low / scale.square()
+            towards_low = (-total / most - by_zero / scale) * low_end
+            towards_high = total / most * high_end
+        low_factor.sub_(towards_low.sign_(), alpha=rate).clamp_(0, 1)
+        high_factor.sub_(towards_high.sign_(), alpha=rate).clamp_(0, 1)
+        self._scale_RG[rows], zero = self._new_scale(rows)
+        if self._zero_RG is not None and zero is not None:
+            self._zero_RG[rows] = zero

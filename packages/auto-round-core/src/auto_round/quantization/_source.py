@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -21,6 +22,7 @@ from auto_round.low_cpu_mem._empty import empty_model, model_folder
 from auto_round.low_cpu_mem._hooks import HookManager
 from auto_round.low_cpu_mem._weights import ModelWeights
 from auto_round.quantization._layers import Layer, find_blocks, find_layers
+from auto_round.quantization._pieces import WeightRows
 from auto_round.quantization._quantized import QuantizedWeight
 
 
@@ -70,6 +72,19 @@ class FloatModel(ABC):
     @abstractmethod
     def read(self, layer: Layer, device: torch.device) -> Tensor:
         """Return the float weight of a layer as a matrix [rows, in], new memory in fp32."""
+
+    def gives_rows(self, layer: Layer) -> bool:  # noqa: ARG002
+        """Return whether `rows` gives a layer's weight on the CPU without holding it."""
+        return False
+
+    def rows(self, layer: Layer, device: torch.device) -> WeightRows:
+        """Return what gives the rows of a layer's float weight, fp32, as long as its block is worked on."""
+        if device.type == "cpu" and self.gives_rows(layer):
+            return self._rows(layer)
+        return self.read(layer, device)
+
+    def _rows(self, layer: Layer) -> WeightRows:
+        return self.read(layer, torch.device("cpu"))
 
     @abstractmethod
     def finish(self, index: int, weights: Mapping[str, QuantizedWeight]) -> None:
@@ -200,6 +215,15 @@ class CheckpointModel(FloatModel):
         """Return a parameter by its full name, read from the checkpoint."""
         return self.weights.read(name)
 
+    def gives_rows(self, layer: Layer) -> bool:
+        """Return whether a layer's rows are stored as they are."""
+        plain = layer.weight.ndim == 2 and not layer.transposed
+        return plain and self.weights.reads_rows(layer.parameter_name)
+
+    def _rows(self, layer: Layer) -> WeightRows:
+        read = functools.partial(self.weights.read_rows, layer.parameter_name, dtype=torch.float32)
+        return _Rows(layer.weight.shape, read)
+
     def finish(self, index: int, weights: Mapping[str, QuantizedWeight]) -> None:  # noqa: ARG002
         """Let the block's weights go."""
         self.weights.unload_module(self.blocks[index])
@@ -210,6 +234,16 @@ class CheckpointModel(FloatModel):
     def close(self) -> None:
         """Close the checkpoint."""
         self._reader.close()
+
+
+class _Rows:
+    """Rows of a float weight that stays where it is."""
+
+    def __init__(self, shape: tuple[int, ...], read: Callable[[slice], Tensor]) -> None:
+        self.shape, self._read = shape, read
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        return self._read(rows)
 
 
 class ModuleModel(FloatModel):
@@ -250,6 +284,14 @@ class ModuleModel(FloatModel):
     def value(self, name: str) -> Tensor:
         """Return a parameter by its full name, the module's own."""
         return self.model.get_parameter(name)
+
+    def gives_rows(self, layer: Layer) -> bool:
+        """Return whether a layer's rows are in the module as they are; it has its floats until `finish`."""
+        return layer.weight.ndim == 2
+
+    def _rows(self, layer: Layer) -> WeightRows:
+        matrix = layer.matrix(self.value(layer.parameter_name).detach())
+        return _Rows(matrix.shape, lambda rows: matrix[rows].to("cpu", torch.float32).contiguous())
 
     def finish(self, index: int, weights: Mapping[str, QuantizedWeight]) -> None:  # noqa: ARG002
         """Put the quantised weights into the module."""

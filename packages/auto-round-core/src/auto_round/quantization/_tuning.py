@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from auto_round.quantization._block_ap import IntegerBlockAP
 from auto_round.quantization._fast_ops import fast_training
 from auto_round.quantization._float_signround import FloatSignRound
 from auto_round.quantization._layers import Layer
-from auto_round.quantization._pieces import Scratch
+from auto_round.quantization._pieces import Scratch, WeightRows
 from auto_round.quantization._quantized import QuantizedWeight
 from auto_round.quantization._signround import IntegerSignRound
 from auto_round.quantization._streams import Stream
@@ -61,7 +61,7 @@ class Tuned:
 def tune_block(
     block: nn.Module,
     layers: Sequence[tuple[Layer, LayerSettings]],
-    read: Callable[[Layer], Tensor],
+    read: Callable[[Layer], WeightRows],
     run: Callable[[Tensor], Tensor],
     inputs: Stream,
     targets: Stream,
@@ -77,7 +77,7 @@ def tune_block(
     Args:
         block: On the device and in the type in which it is to be trained, in evaluation mode.
         layers: What is quantised in it, and how.
-        read: Returns a layer's float weight, a matrix [rows, in] in fp32 that may be overwritten.
+        read: Returns a layer's float weight, a matrix [rows, in] in fp32, or what gives its rows.
         run: Calls the block on a batch [batch, tokens, width] and returns its output.
         inputs: What goes in.
         targets: What is to come out.
@@ -112,7 +112,9 @@ def tune_block(
     base = torch.empty(samples)
     with torch.no_grad():
         for batch in each_batch():
-            base[batch] = _errors(run(inputs.read(batch).to(device)), targets.read(batch).to(device)).cpu()
+            base[batch] = sample_errors(
+                run(inputs.read(batch).to(device)), targets.read(batch).to(device)
+            ).cpu()
     loss_before = float(base.mean())
     if not math.isfinite(loss_before):
         raise QuantizationError(
@@ -137,8 +139,10 @@ def tune_block(
             state.factor = _schedule(config.quality, step, config.iters)
             loss = 0.0
             for index, part in enumerate(parts):
-                output = run(inputs.read(part).to(device))
-                error = _errors(output, targets.read(part).to(device)).sum() / share
+                # The output has no name here, so that it goes as soon as its gradient is there.
+                target = targets.read(part).to(device)
+                error = sample_errors(run(inputs.read(part).to(device)), target).sum() / share
+                del target
                 loss += float(error.detach())
                 state.last = index == len(parts) - 1
                 state.keep = state.last and loss < best
@@ -165,14 +169,14 @@ def tune_block(
 
 
 def make_tuner(
-    weight: Tensor, settings: LayerSettings, config: QuantizationConfig, scratch: Scratch
+    weight: WeightRows, settings: LayerSettings, config: QuantizationConfig, scratch: Scratch
 ) -> Tuner:
-    """Return what trains a matrix [rows, in] as the configuration asks for; it may overwrite the matrix."""
+    """Return what trains a matrix [rows, in] as the configuration asks for; it leaves the matrix as it is."""
     rate = config.lr
     scale_dtype = getattr(torch, config.scale_dtype)
     if config.quality == "best" and settings.weight_dtype == "int":
         return IntegerBlockAP(
-            weight,
+            weight[:].clone(),
             settings,
             scale_dtype,
             scratch,
@@ -186,7 +190,7 @@ def make_tuner(
     rates = {"rate": rate, "range_rate": config.minmax_lr or rate}
     if settings.weight_dtype == "int":
         return IntegerSignRound(weight, settings, scale_dtype, scratch, **rates)
-    return FloatSignRound(weight, settings, **rates)
+    return FloatSignRound(weight[:], settings, **rates)
 
 
 def _schedule(quality: str, step: int, steps: int) -> float:
@@ -194,9 +198,30 @@ def _schedule(quality: str, step: int, steps: int) -> float:
     return 1 - step / steps if quality != "best" else (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def _errors(output: Tensor, target: Tensor) -> Tensor:
-    """Return each sample's mean squared error, in fp32."""
-    return (output.float() - target).square().flatten(1).mean(1)
+class _Errors(torch.autograd.Function):
+    """Each sample's mean squared error in fp32, which is taken of one sample at a time.
+
+    In fp32 the output, the difference and their gradients of a whole batch would be the peak of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, target: Tensor) -> Tensor:  # pyright: ignore
+        ctx.save_for_backward(output, target)
+        errors = [(one.float() - wanted).square_().mean() for one, wanted in zip(output, target, strict=True)]
+        return torch.stack(errors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        output, target = ctx.saved_tensors
+        gradient = torch.empty_like(output)
+        for index, share in enumerate(grads[0] * (2 / output[0].numel())):
+            gradient[index] = (output[index].float() - target[index]).mul_(share)
+        return gradient, None
+
+
+def sample_errors(output: Tensor, target: Tensor) -> Tensor:
+    """Return each sample's mean squared error, fp32 [samples]."""
+    return cast("Any", _Errors).apply(output, target)
 
 
 @dataclass

@@ -56,7 +56,7 @@ class Means:
     """Samples that go through a block at once."""
     spill_folder: Path | None
     """Where activations are kept; None for memory."""
-    keeps_heap: bool = True
+    keeps_heap: bool = False
     """Have the C library keep what is freed within a block for what is allocated next; a step allocates the
     same sizes over and over, and a page that is mapped anew costs more than what is done with it."""
 
@@ -232,7 +232,7 @@ class Walk:
                 tuned = tune_block(
                     block,
                     layers,
-                    lambda layer: self._source.read(layer, self._means.device),
+                    lambda layer: self._source.rows(layer, self._means.device),
                     run,
                     quantized_stream,
                     targets,
@@ -252,7 +252,7 @@ class Walk:
                 float_stream.write(batch, targets.read(batch))
             targets.close()
         reports = tuple(
-            layer_report(layer.name, self._source.read(layer, self._means.device), weights[layer.name])
+            layer_report(layer.name, self._source.rows(layer, self._means.device), weights[layer.name])
             for layer, _ in layers
         )
         report = BlockReport(
