@@ -314,10 +314,12 @@ def test_inputs_of_blocks_are_those_of_the_quantised_model_or_the_float_one(llam
 
 
 @pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_the_loss_of_the_last_block_is_that_of_the_models_hidden_states(
-    random_model: Callable[..., Any], quick: Quick
+    family: str, random_model: Callable[..., Any], quick: Quick
 ) -> None:
-    model = random_model("llama")
+    """The blocks of Gemma 3 differ in their masks and positions: each must have had its own."""
+    model = random_model(family)
     hidden: list[Tensor] = []
     model.model.layers[1].register_forward_hook(
         lambda module, given, output: hidden.append(output if isinstance(output, Tensor) else output[0])

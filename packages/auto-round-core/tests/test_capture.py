@@ -44,6 +44,8 @@ def test_blocks_called_one_by_one_give_what_they_give_in_the_model(
         for block, call, wanted in zip(blocks, calls, expected, strict=True):
             hidden = call.to(torch.device("cpu"), F32)(block, hidden)
             torch.testing.assert_close(hidden, wanted)
+            given = [*call.args, *call.kwargs.values()]
+            assert not any("Cache" in type(value).__name__ for value in given)
     # The masks of sliding windows matter: without them the numbers are others.
     if family in ("mistral", "gemma2", "gemma3"):
         assert calls[0].kwargs["attention_mask"] is not None

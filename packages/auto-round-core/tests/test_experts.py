@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from auto_round import AutoRound
+from auto_round.quantization import _experts
 from auto_round.quantization._experts import FewShapes, _filled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 
 @settings(max_examples=40, deadline=None)
@@ -55,8 +59,31 @@ def test_the_shapes_are_few_and_not_much_larger() -> None:
         assert count <= len(_filled(torch.empty(count, 1))) <= 1.125 * count + 1
 
 
+def test_experts_of_a_block_are_run_in_few_shapes(
+    saved_model: Callable[[str], Path], calibration_ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: set[int] = set()
+
+    def noted(rows: Tensor) -> Tensor:
+        filled = _filled(rows)
+        counts.add(len(filled))
+        return filled
+
+    monkeypatch.setattr(_experts, "_filled", noted)
+    fields = {"group_size": 32, "iters": 2, "nsamples": 6, "seqlen": 16, "batch_size": 4}
+    folder = str(saved_model("mixtral"))
+    config = {"quantization": fields}
+    with AutoRound(folder, config=config, calibration=calibration_ids, progress=False) as rounder:
+        rounder.quantize()
+    # Of 128 or 64 rows, each to two of three experts.
+    assert counts
+    assert counts <= {64, 128}
+
+
 _SCRIPT = """
 import torch
+from auto_round import AutoRound
+from auto_round.quantization import _experts
 from auto_round.quantization._experts import FewShapes
 def rss():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmRSS")) / 1024

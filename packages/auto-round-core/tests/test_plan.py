@@ -154,9 +154,9 @@ transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[1])
 plans = []
 original = _autoround.make_plan
 _autoround.make_plan = lambda *given: plans.append(original(*given)) or plans[-1]
-ids = torch.randint(0, 512, (16, 256), generator=torch.Generator().manual_seed(0))
+ids = torch.randint(0, 512, (8, 256), generator=torch.Generator().manual_seed(0))
 # The first run brings libraries into memory, and the limit of the last is too little for a whole batch.
-fields = dict(iters=2, nsamples=16, seqlen=256)
+fields = dict(iters=2, nsamples=8, seqlen=256)
 for less in (0, None, 30):
     limit = None if less is None else 10**6 if less == 0 else int(plans[-1].needed_mb - less)
     given = {"quantization": fields, "memory": {"max_ram_mb": limit}}
