@@ -20,6 +20,8 @@ from auto_round.quantization._layers import Layer
 _MB = 2**20
 _SLACK_MB = 48
 """For what is not counted: the interpreter's own growth, buffers of files, holes in the heap."""
+_EXPERTS_MB = 64
+"""For what torch keeps of products in each number of rows that experts are given, filled up as they are."""
 _SMALL_MB = 256
 """Up to this much kept memory hardly counts, and page faults do; large blocks take their time to multiply."""
 _AMPLE = 0.25
@@ -91,6 +93,8 @@ def block_cost(
         weights = own_bytes + kept + max(sizes) * dtype.itemsize + floats * 32
     else:
         weights = own_bytes + max(sizes) * 16
+    if samples and any(layer.weight.ndim == 3 for layer, _ in layers):
+        weights += _EXPERTS_MB * _MB
     activations = torch.Size(sample_shape).numel() if samples else 0
     return BlockCost(
         weights=weights,
