@@ -169,6 +169,21 @@ class QuantizationConfig(Area):
             own = settings if _matches(pattern, name) else own
         return self._settings(self.layer_config.get(name, own))
 
+    @property
+    def trains(self) -> bool:
+        """Whether weights are trained, not only rounded."""
+        return self.quality in ("signround", "best") and self.iters > 0
+
+    @property
+    def has_static_activations(self) -> bool:
+        """Whether the ranges of activations are found in calibration."""
+        return self.act_bits == 8 and not self.act_dynamic
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anything is run on calibration."""
+        return self.trains or self.has_static_activations or self.quality == "optimized_rtn"
+
     def names(self, name: str) -> bool:
         """Return whether `layer_config` has a key for the layer of this full name."""
         return any(_matches(pattern, name) for pattern in self.layer_config)

@@ -21,12 +21,10 @@ from auto_round.low_cpu_mem._empty import import_transformers
 from auto_round.quantization._calibration_choice import calibration_sequences
 from auto_round.quantization._capture import Call, Capture
 from auto_round.quantization._compute import choose_device, choose_dtype
-from auto_round.quantization._plan import block_cost, make_plan
+from auto_round.quantization._plan import block_cost, make_plan, spill_folder
 from auto_round.quantization._progress import RichProgress, SilentProgress
-from auto_round.quantization._quantized import QuantizedWeight
-from auto_round.quantization._report import QuantizationReport, layer_report
+from auto_round.quantization._report import QuantizationReport
 from auto_round.quantization._results import ResultStore
-from auto_round.quantization._rtn import quantize_rtn
 from auto_round.quantization._source import block_layers, open_model
 from auto_round.quantization._walk import Means, Walk
 from auto_round.report import save_html
@@ -143,7 +141,7 @@ class AutoRound:
 
     def _quantize(self) -> QuantizationReport:
         report = QuantizationReport(model=self._name, configuration=self.config.to_dict())
-        if self._needs_calibration:
+        if self.config.quantization.needs_calibration:
             # Else it would show after hours of work, as a block's outputs, of which no layer can be told.
             self._source.check_finite(self.config.quantization)
         tokens = self._draw_calibration()
@@ -155,7 +153,6 @@ class AutoRound:
             means = self._plan(tokens, folder, report)
             with RichProgress() if self._progress else SilentProgress() as progress:
                 Walk(self._source, self.config.quantization, store, means, tokens, report, progress).run()
-            self._quantize_outside(store, means, report)
             undo.pop_all()
         self._forget()
         self._workspace, self._store, self._report = workspace, store, report
@@ -244,17 +241,6 @@ class AutoRound:
                 "memory.workspace_dir to a folder that can."
             ) from failure
 
-    @property
-    def _needs_calibration(self) -> bool:
-        quantization = self.config.quantization
-        static = quantization.act_bits == 8 and not quantization.act_dynamic
-        return static or quantization.quality == "optimized_rtn" or self._trains
-
-    @property
-    def _trains(self) -> bool:
-        quantization = self.config.quantization
-        return quantization.quality in ("signround", "best") and quantization.iters > 0
-
     def _check(self) -> None:
         """Refuse what can be known to fail."""
         quantization, layers = self.config.quantization, self.layers
@@ -268,12 +254,16 @@ class AutoRound:
                     f"layers are named like {every[0]} and {every[-1]}."
                 )
         limit = self._source.max_tokens
-        if self._needs_calibration and limit is not None and quantization.seqlen > limit:
+        if quantization.needs_calibration and limit is not None and quantization.seqlen > limit:
             raise ConfigurationError(
                 f"quantization.seqlen is {quantization.seqlen}, but the model takes sequences of at most "
                 f"{limit} tokens; set it to that or less."
             )
-        if self._needs_calibration and self._calibration is None and quantization.calibration != "self":
+        if (
+            quantization.needs_calibration
+            and self._calibration is None
+            and quantization.calibration != "self"
+        ):
             raise CalibrationError(
                 f"quantization.quality {quantization.quality!r} needs calibration, and there is none. Give "
                 "calibration= text files, a folder, texts, a data set or token ids; or set "
@@ -282,9 +272,9 @@ class AutoRound:
             )
 
     def _draw_calibration(self) -> Tensor | None:
-        if not self._needs_calibration:
-            return None
         quantization = self.config.quantization
+        if not quantization.needs_calibration:
+            return None
         with ExitStack() as stack:
             model = None
             if quantization.calibration != "user":
@@ -330,7 +320,7 @@ class AutoRound:
                 samples=len(tokens),
                 sample_shape=tuple(hidden.shape[1:]),
                 dtype=dtype,
-                trains=self._trains,
+                trains=quantization.trains,
                 gives_rows=self._source.gives_rows,
             )
             for block, name, call in self._one_of_each(calls)
@@ -343,12 +333,11 @@ class AutoRound:
                 f"Batches of {quantization.batch_size} go through in parts of {plan.micro_batch}, to fit "
                 f"into {limit} MB."
             )
-        folder = workspace if plan.spills else None
         return Means(
             device=device,
             dtype=dtype,
             micro_batch=plan.micro_batch,
-            spill_folder=folder,
+            spill_folder=spill_folder(workspace, plan),
             keeps_heap=plan.keeps_heap,
         )
 
@@ -361,19 +350,3 @@ class AutoRound:
             if key not in seen:
                 seen.add(key)
                 yield block, name, call
-
-    def _quantize_outside(self, store: ResultStore, means: Means, report: QuantizationReport) -> None:
-        """Round the layers outside the blocks that the configuration names, such as the head."""
-        weights: dict[str, QuantizedWeight] = {}
-        for layer, settings in self._source.outside(self.config.quantization):
-            weight = self._source.read(layer, means.device)
-            try:
-                weights[layer.name] = quantize_rtn(
-                    weight, settings, getattr(torch, self.config.quantization.scale_dtype)
-                )
-            except QuantizationError as failure:
-                raise QuantizationError(f"{layer.name}: {failure}") from failure
-            report.outside.append(layer_report(layer.name, weight, weights[layer.name]))
-        if weights:
-            store.write("outside", weights)
-            self._source.take_over(weights)

@@ -6,12 +6,19 @@ import functools
 
 import torch
 
+from auto_round.config_manager import QuantizationConfig
+
 
 def choose_device(device: str) -> torch.device:
     """Return the device that a configuration names; `auto` is a GPU where torch sees one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
+
+
+def scale_dtype_of(config: QuantizationConfig) -> torch.dtype:
+    """Return the type in which scales are kept."""
+    return getattr(torch, config.scale_dtype)
 
 
 def choose_dtype(device: torch.device) -> torch.dtype:

@@ -36,6 +36,19 @@ class Layer:
         """Full name of the weight."""
         return self.name if self.name.endswith(f".{self.attribute}") else f"{self.name}.{self.attribute}"
 
+    @property
+    def width(self) -> int:
+        """The inputs of the layer, which are the weights in a row."""
+        return self.weight.shape[-2 if self.transposed else -1]
+
+    @contextmanager
+    def named_in_errors(self) -> Generator[None]:
+        """Have a `QuantizationError` within a `with` begin with the layer's name."""
+        try:
+            yield
+        except QuantizationError as failure:
+            raise QuantizationError(f"{self.name}: {failure}") from failure
+
     def matrix(self, stored: Tensor) -> Tensor:
         """Return a weight, or its gradient, as a matrix [rows, in], a view where it can be one.
 

@@ -112,7 +112,6 @@ def make_plan(cost: BlockCost, config: QuantizationConfig, max_ram_mb: int | Non
     """
     held_mb = get_cpu_memory()
     batch = config.batch_size
-    smallest = _needed_mb(cost, 1, True, batch) + held_mb
     if max_ram_mb is None:
         spills = cost.streams / _MB > _AMPLE * get_memory_stats().machine_available_mb
         return Plan(
@@ -121,16 +120,17 @@ def make_plan(cost: BlockCost, config: QuantizationConfig, max_ram_mb: int | Non
             needed_mb=held_mb + _needed_mb(cost, batch, spills, batch),
             keeps_heap=_needed_mb(cost, batch, True, batch) < _SMALL_MB,
         )
-    micro = batch
-    for spills in (False, True):
-        needed = held_mb + _needed_mb(cost, batch, spills, batch)
-        if needed <= max_ram_mb:
-            return Plan(micro_batch=batch, spills=spills, needed_mb=needed)
-    while micro > 1:
-        micro = (micro + 1) // 2
-        needed = held_mb + _needed_mb(cost, micro, True, batch)
-        if needed <= max_ram_mb:
-            return Plan(micro_batch=micro, spills=True, needed_mb=needed)
+    choices = [(batch, False), (batch, True)]
+    while choices[-1][0] > 1:
+        choices.append(((choices[-1][0] + 1) // 2, True))
+    plans = [
+        Plan(micro_batch=micro, spills=spills, needed_mb=held_mb + _needed_mb(cost, micro, spills, batch))
+        for micro, spills in choices
+    ]
+    for plan in plans:
+        if plan.needed_mb <= max_ram_mb:
+            return plan
+    smallest = plans[-1].needed_mb
     raise ConfigurationError(
         f"memory.max_ram_mb is {max_ram_mb}, but the largest block takes {smallest:.0f} MB even with "
         f"activations on disk and one sample at a time ({held_mb:.0f} MB are in use already). Set it to at "
@@ -152,9 +152,7 @@ def _needed_mb(cost: BlockCost, micro_batch: int, spills: bool, batch: int) -> f
 
 def _trained_bytes(layer: Layer, settings: LayerSettings, config: QuantizationConfig, in_place: bool) -> int:
     """Return what the tuner of a layer keeps: the weight where it must, and what is trained."""
-    shape = layer.weight.shape
-    width = shape[-2 if layer.transposed else -1]
-    groups = layer.weight.numel() // (width if settings.group_size == -1 else settings.group_size)
+    groups = layer.weight.numel() // (layer.width if settings.group_size == -1 else settings.group_size)
     each = 9
     if settings.weight_dtype == "int":
         each = 13 if config.quality == "best" else 5 if in_place else 9

@@ -73,9 +73,9 @@ class FloatModel(ABC):
     def read(self, layer: Layer, device: torch.device) -> Tensor:
         """Return the float weight of a layer as a matrix [rows, in], new memory in fp32."""
 
-    def gives_rows(self, layer: Layer) -> bool:  # noqa: ARG002
+    @abstractmethod
+    def gives_rows(self, layer: Layer) -> bool:
         """Return whether `rows` gives a layer's weight on the CPU without holding it."""
-        return False
 
     def rows(self, layer: Layer, device: torch.device) -> WeightRows:
         """Return what gives the rows of a layer's float weight, fp32, as long as its block is worked on."""
@@ -83,8 +83,8 @@ class FloatModel(ABC):
             return self._rows(layer)
         return self.read(layer, device)
 
-    def _rows(self, layer: Layer) -> WeightRows:
-        return self.read(layer, torch.device("cpu"))
+    @abstractmethod
+    def _rows(self, layer: Layer) -> WeightRows: ...
 
     @abstractmethod
     def finish(self, index: int, weights: Mapping[str, QuantizedWeight]) -> None:
@@ -141,7 +141,8 @@ class FloatModel(ABC):
             settings = config.for_layer(layer.name)
             if settings is None or layer.name.startswith(inside) or not config.names(layer.name):
                 continue
-            if sum(weight is layer.weight for _, weight in _all_parameters(self.model)) > 1:
+            every = self.model.named_parameters(remove_duplicate=False)
+            if sum(weight is layer.weight for _, weight in every) > 1:
                 raise QuantizationError(
                     f"{layer.name} shares its weight with the embedding, which is not quantised; take it "
                     "out of quantization.layer_config, or untie the two in the checkpoint."
@@ -306,10 +307,6 @@ class ModuleModel(FloatModel):
                         matrix.copy_(weights[layer.name].dequantize(matrix.dtype))
 
 
-def _all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    yield from model.named_parameters(remove_duplicate=False)
-
-
 def open_model(
     model: str | PathLike[str] | nn.Module, model_class: Any = None, *, trust_remote_code: bool = False
 ) -> FloatModel:
@@ -339,11 +336,10 @@ def block_layers(
         settings = config.for_layer(layer.name)
         if settings is None:
             continue
-        width = layer.weight.shape[-2 if layer.transposed else -1]
-        if settings.group_size != -1 and width % settings.group_size:
+        if settings.group_size != -1 and layer.width % settings.group_size:
             raise QuantizationError(
-                f"{layer.name} has rows of {width} weights, which groups of {settings.group_size} do not "
-                "divide. Choose another quantization.group_size, give the layer one of its own in "
+                f"{layer.name} has rows of {layer.width} weights, which groups of {settings.group_size} do "
+                "not divide. Choose another quantization.group_size, give the layer one of its own in "
                 "quantization.layer_config, or leave it out in quantization.ignore_layers."
             )
         found.append((layer, settings))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +16,12 @@ from auto_round.exceptions import QuantizationError
 from auto_round.low_cpu_mem._stored import memory_of
 
 _Move = Callable[[int, Sequence[memoryview], int], int]
+
+
+def batches(samples: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Yield the samples, at most `size` at a time."""
+    for start in range(0, len(samples), size):
+        yield samples[start : start + size]
 
 
 class Stream:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -16,13 +16,14 @@ from torch.utils.hooks import RemovableHandle
 from auto_round.config_manager import LayerSettings, QuantizationConfig
 from auto_round.exceptions import QuantizationError
 from auto_round.quantization._block_ap import IntegerBlockAP
+from auto_round.quantization._compute import scale_dtype_of
 from auto_round.quantization._fast_ops import fast_training
 from auto_round.quantization._float_signround import FloatSignRound
 from auto_round.quantization._layers import Layer
 from auto_round.quantization._pieces import Scratch, WeightRows
 from auto_round.quantization._quantized import QuantizedWeight
 from auto_round.quantization._signround import IntegerSignRound
-from auto_round.quantization._streams import Stream
+from auto_round.quantization._streams import Stream, batches
 
 _MANY_ITERS, _FEW_BITS = 1000, 3
 _BEST_RATE, _BEST_SCALE_RATE = 2e-2, 1e-2
@@ -97,21 +98,15 @@ def tune_block(
     for layer, settings in layers:
         leaf = layer.weight
         leaf.requires_grad_()
-        try:
+        with layer.named_in_errors():
             tuner = make_tuner(read(layer), settings, config, scratch)
-        except QuantizationError as failure:
-            raise QuantizationError(f"{layer.name}: {failure}") from failure
         with layer.open(leaf.data) as matrix:
             tuner.write(matrix, keep=True)
         tuners.append((layer, leaf, tuner))
 
-    def each_batch() -> Iterator[list[int]]:
-        for start in range(0, samples, micro_batch):
-            yield list(range(start, min(start + micro_batch, samples)))
-
     base = torch.empty(samples)
     with torch.no_grad():
-        for batch in each_batch():
+        for batch in batches(list(range(samples)), micro_batch):
             base[batch] = sample_errors(
                 run(inputs.read(batch).to(device)), targets.read(batch).to(device)
             ).cpu()
@@ -134,7 +129,7 @@ def tune_block(
             stack.callback(attach(_stepper(layer, tuner, state)).remove)
         for step in range(config.iters):
             batch = order.next()
-            parts = [batch[start : start + micro_batch] for start in range(0, len(batch), micro_batch)]
+            parts = list(batches(batch, micro_batch))
             share = float(base[batch].mean()) * len(batch)
             state.factor = _schedule(config.quality, step, config.iters)
             loss = 0.0
@@ -173,7 +168,7 @@ def make_tuner(
 ) -> Tuner:
     """Return what trains a matrix [rows, in] as the configuration asks for; it leaves the matrix as it is."""
     rate = config.lr
-    scale_dtype = getattr(torch, config.scale_dtype)
+    scale_dtype = scale_dtype_of(config)
     if config.quality == "best" and settings.weight_dtype == "int":
         return IntegerBlockAP(
             weight[:].clone(),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from auto_round.config_manager import LayerSettings, QuantizationConfig
 from auto_round.exceptions import QuantizationError
 from auto_round.quantization._capture import Call, Capture, same_calls
+from auto_round.quantization._compute import scale_dtype_of
 from auto_round.quantization._experts import FewShapes
 from auto_round.quantization._inputs import InputStatistics, rounded_inputs
 from auto_round.quantization._layers import Layer
@@ -24,7 +25,7 @@ from auto_round.quantization._report import BlockReport, LayerReport, Quantizati
 from auto_round.quantization._results import ResultStore
 from auto_round.quantization._rtn import quantize_optimized_rtn, quantize_rtn
 from auto_round.quantization._source import FloatModel, block_layers
-from auto_round.quantization._streams import Stream
+from auto_round.quantization._streams import Stream, batches
 from auto_round.quantization._tuning import tune_block
 
 _MMAP_BYTES, _KEPT_BYTES = 32 << 20, 1 << 30
@@ -86,19 +87,22 @@ class Walk:
     ) -> None:
         self._source, self._config, self._store, self._means = source, config, store, means
         self._tokens, self._report, self._progress = tokens, report, progress
-        self._scale_dtype: torch.dtype = getattr(torch, config.scale_dtype)
+        self._scale_dtype = scale_dtype_of(config)
         self._capture = Capture(source.model, list(source.blocks))
         self._calls: dict[int, list[Call]] = {}
-        self._trains = config.iters > 0 and config.quality in ("signround", "best")
         self._begin_s = time.monotonic()
 
     def run(self) -> None:
-        """Quantise all blocks.
+        """Quantise all blocks, and then the layers outside them that the configuration names.
 
         Raises:
             QuantizationError: Weights, calibration or losses are not finite, or something does not fit.
         """
-        self._progress.begin(len(self._source.blocks), self._config.iters if self._trains else 0)
+        self._progress.begin(len(self._source.blocks), self._config.iters if self._config.trains else 0)
+        self._blocks()
+        self._outside()
+
+    def _blocks(self) -> None:
         with ExitStack() as stack:
             if self._tokens is None:
                 for index in range(len(self._source.blocks)):
@@ -108,14 +112,16 @@ class Walk:
             float_stream = stack.enter_context(self._embedded(self._tokens))
             quantized_stream = float_stream
             if self._config.enable_quanted_input:
-                quantized_stream = stack.enter_context(self._copied(float_stream, len(self._tokens)))
+                quantized_stream = stack.enter_context(self._copied(float_stream))
             for index in range(len(self._source.blocks)):
                 self._block(index, float_stream, quantized_stream)
 
-    def _batches(self) -> Iterator[list[int]]:
-        samples = 0 if self._tokens is None else len(self._tokens)
-        for start in range(0, samples, self._means.micro_batch):
-            yield list(range(start, min(start + self._means.micro_batch, samples)))
+    @property
+    def _samples(self) -> int:
+        return 0 if self._tokens is None else len(self._tokens)
+
+    def _batches(self) -> Iterator[Sequence[int]]:
+        return batches(list(range(self._samples)), self._means.micro_batch)
 
     def _embedded(self, tokens: Tensor) -> Stream:
         """Return what goes into the first block."""
@@ -149,8 +155,8 @@ class Walk:
         assert stream is not None  # noqa: S101 - there is at least one sample
         return stream
 
-    def _copied(self, stream: Stream, samples: int) -> Stream:
-        copy = Stream(samples, stream.shape, stream.dtype, self._means.spill_folder)
+    def _copied(self, stream: Stream) -> Stream:
+        copy = Stream(*self._like(stream))
         with ExitStack() as undo:
             undo.callback(copy.close)
             for batch in self._batches():
@@ -189,21 +195,31 @@ class Walk:
             self._source.finish(index, weights)
             del block, layers, weights
         trim_heap()
-        report = _with_cost(report, time.monotonic() - begin_s, tracker.result.cpu.peak_mb)
+        wall_s, peak_mb = time.monotonic() - begin_s, tracker.result.cpu.peak_mb
+        report = replace(report, wall_s=wall_s, peak_mb=peak_mb)
         self._report.blocks.append(report)
         self._report.memory.append((time.monotonic() - self._begin_s, get_cpu_memory()))
         self._progress.block(index, report)
 
     def _without_inputs(
-        self, layers: list[tuple[Layer, LayerSettings]]
+        self, layers: Iterable[tuple[Layer, LayerSettings]]
     ) -> tuple[dict[str, QuantizedWeight], tuple[LayerReport, ...]]:
         weights: dict[str, QuantizedWeight] = {}
         reports: list[LayerReport] = []
         for layer, settings in layers:
             weight = self._source.read(layer, self._means.device)
-            weights[layer.name] = _named(layer, lambda: quantize_rtn(weight, settings, self._scale_dtype))  # noqa: B023
+            with layer.named_in_errors():
+                weights[layer.name] = quantize_rtn(weight, settings, self._scale_dtype)
             reports.append(layer_report(layer.name, weight, weights[layer.name]))
         return weights, tuple(reports)
+
+    def _outside(self) -> None:
+        """Round the layers outside the blocks that the configuration names, such as the head."""
+        weights, reports = self._without_inputs(self._source.outside(self._config))
+        if weights:
+            self._store.write("outside", weights)
+            self._source.take_over(weights)
+        self._report.outside.extend(reports)
 
     def _with_inputs(
         self,
@@ -223,12 +239,16 @@ class Walk:
         apart = quantized_stream is not float_stream
         targets = float_stream if apart else Stream(*self._like(float_stream))
         self._pass(run, float_stream, targets, name)
-        ranges = {layer.name: statistics.largest(layer) for layer, _ in layers} if self._is_static else None
+        ranges = (
+            {layer.name: statistics.largest(layer) for layer, _ in layers}
+            if self._config.has_static_activations
+            else None
+        )
         weights: dict[str, QuantizedWeight] = {}
         loss_before = best_step = None
         losses: tuple[float, ...] = ()
         with rounded_inputs(layers, self._config, ranges):
-            if self._trains and layers:
+            if self._config.trains and layers:
                 tuned = tune_block(
                     block,
                     layers,
@@ -236,7 +256,7 @@ class Walk:
                     run,
                     quantized_stream,
                     targets,
-                    len(self._tokens) if self._tokens is not None else 0,
+                    self._samples,
                     self._config,
                     micro_batch=self._means.micro_batch,
                     seed=f"{self._config.seed}:{index}",
@@ -265,19 +285,14 @@ class Walk:
         )
         return weights, report
 
-    @property
-    def _is_static(self) -> bool:
-        return self._config.act_bits == 8 and not self._config.act_dynamic
-
     def _like(self, stream: Stream) -> tuple[int, tuple[int, ...], torch.dtype, Path | None]:
-        samples = 0 if self._tokens is None else len(self._tokens)
-        return samples, stream.shape, stream.dtype, self._means.spill_folder
+        return self._samples, stream.shape, stream.dtype, self._means.spill_folder
 
     def _statistics(
         self, layers: list[tuple[Layer, LayerSettings]], run: Callable[[Tensor], Tensor], stream: Stream
     ) -> InputStatistics:
         statistics = InputStatistics([layer for layer, _ in layers])
-        if self._is_static or self._config.quality == "optimized_rtn":
+        if self._config.has_static_activations or self._config.quality == "optimized_rtn":
             with statistics.watching(), torch.no_grad():
                 for batch in self._batches():
                     run(stream.read(batch).to(self._means.device))
@@ -298,19 +313,15 @@ class Walk:
         for searching in (False, True) if searches else (False,):
             for layer, settings in layers:
                 weight = self._source.read(layer, self._means.device)
-                if searching:
-                    importance = statistics.importance(layer, weight.shape[1]).to(weight.device)
-                    weights[layer.name] = _named(
-                        layer,
-                        lambda: quantize_optimized_rtn(weight, settings, self._scale_dtype, importance),  # noqa: B023
-                    )
-                else:
-                    weights[layer.name] = _named(
-                        layer,
-                        lambda: quantize_rtn(weight, settings, self._scale_dtype),  # noqa: B023
-                    )
+                with layer.named_in_errors():
+                    if searching:
+                        importance = statistics.importance(layer, weight.shape[1]).to(weight.device)
+                        quantized = quantize_optimized_rtn(weight, settings, self._scale_dtype, importance)
+                    else:
+                        quantized = quantize_rtn(weight, settings, self._scale_dtype)
+                weights[layer.name] = quantized
                 with torch.no_grad(), layer.open(layer.weight.data) as matrix:
-                    matrix.copy_(weights[layer.name].dequantize(matrix.dtype))
+                    matrix.copy_(quantized.dequantize(matrix.dtype))
             if not searching:
                 loss = self._pass(run, inputs, None, "", targets)
         return weights, loss
@@ -340,23 +351,3 @@ class Walk:
                     outputs.write(batch, output)
                 samples += len(batch)
         return error / max(1, samples)
-
-
-def _named(layer: Layer, quantize: Callable[[], QuantizedWeight]) -> QuantizedWeight:
-    try:
-        return quantize()
-    except QuantizationError as failure:
-        raise QuantizationError(f"{layer.name}: {failure}") from failure
-
-
-def _with_cost(report: BlockReport, wall_s: float, peak_mb: float) -> BlockReport:
-    return BlockReport(
-        name=report.name,
-        layers=report.layers,
-        loss_before=report.loss_before,
-        loss_after=report.loss_after,
-        best_step=report.best_step,
-        step_losses=report.step_losses,
-        wall_s=wall_s,
-        peak_mb=peak_mb,
-    )
