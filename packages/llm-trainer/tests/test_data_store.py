@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from multiprocessing.connection import wait
 
@@ -299,6 +300,17 @@ def test_processes_at_once_make_it_once_and_say_that_they_wait(tmp_path, process
         assert child.exitcode == 0
     assert (tmp_path / "log").read_text() == "made\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "made"]
+
+
+def test_who_makes_the_same_in_quick_turns_finds_no_lock_that_another_is_deleting(tmp_path):
+    def make_often():
+        for _ in range(200):
+            make_folder(tmp_path / "made", lambda _: None, is_good=lambda path: path.exists())
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for run in [pool.submit(make_often) for _ in range(4)]:
+            run.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def prepare_too_much(connection, target):

@@ -132,7 +132,7 @@ def _locked_file(path: Path, wait: bool) -> int | None:
                 _logger.info("Another process makes %s; waiting for it.", path.name[1 : -len(".lock")])
                 fcntl.flock(file, fcntl.LOCK_EX)
             # The one that had it has deleted it: what was locked is a name that nobody finds any more.
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+            if _is_at(file, path):
                 return file
         except BaseException as error:
             os.close(file)
@@ -140,3 +140,11 @@ def _locked_file(path: Path, wait: bool) -> int | None:
                 return None
             raise
         os.close(file)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Return whether an open file is the one that a path names now, which others may be deleting."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
