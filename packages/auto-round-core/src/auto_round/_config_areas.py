@@ -116,6 +116,11 @@ class QuantizationConfig(Area):
     """Sequences for each forward pass of the training."""
     gradient_accumulate_steps: int = 1
     """Forward passes for each step."""
+    end_to_end_iters: int = 0
+    """Steps of training of all scales together, against the float model's predictions of the next token, once
+    all blocks are done; 0 for none. With integers only."""
+    end_to_end_lr: float | None = None
+    """Learning rate of that, relative to the scale; None means what is usual."""
     calibration: str = "user"
     """Whose text: the user's, self (written by the float model), or mixed (half and half)."""
     layer_config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
@@ -143,14 +148,20 @@ class QuantizationConfig(Area):
         self._check_choice("scale_dtype", ("float16", "bfloat16", "float32"))
         self._check_choice("quality", ("rtn", "optimized_rtn", "signround", "best"))
         self._check_choice("calibration", ("user", "self", "mixed"))
-        self._check_int("iters", least=0)
+        self._check_int("iters", "end_to_end_iters", least=0)
         self._check_int("nsamples", "seqlen", "batch_size", "gradient_accumulate_steps", least=1)
         self._check_int("seed", least=0, most=2**32 - 1)
-        self._check_rate("lr", "minmax_lr")
+        self._check_rate("lr", "minmax_lr", "end_to_end_lr")
         if self.quality == "best" and self.iters == 0:
             raise ConfigurationError(
                 "quantization.quality is 'best', which trains, but quantization.iters is 0; set iters to at "
                 "least 1, or quality to 'rtn'."
+            )
+        if self.end_to_end_iters and self.weight_dtype != "int":
+            raise ConfigurationError(
+                f"quantization.end_to_end_iters is {self.end_to_end_iters}, but only scales of integers are "
+                f"trained end to end, and quantization.weight_dtype is {self.weight_dtype!r}; set "
+                "end_to_end_iters to 0, or weight_dtype to 'int'."
             )
         self._check_ignore_layers()
         self._check_layer_config()
@@ -182,7 +193,12 @@ class QuantizationConfig(Area):
     @property
     def needs_calibration(self) -> bool:
         """Whether anything is run on calibration."""
-        return self.trains or self.has_static_activations or self.quality == "optimized_rtn"
+        return (
+            self.trains
+            or self.has_static_activations
+            or self.quality == "optimized_rtn"
+            or self.end_to_end_iters > 0
+        )
 
     def names(self, name: str) -> bool:
         """Return whether `layer_config` has a key for the layer of this full name."""

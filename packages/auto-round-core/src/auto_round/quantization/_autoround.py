@@ -21,12 +21,20 @@ from auto_round.low_cpu_mem._empty import import_transformers
 from auto_round.quantization._calibration_choice import calibration_sequences
 from auto_round.quantization._capture import Call, Capture
 from auto_round.quantization._compute import choose_device, choose_dtype
-from auto_round.quantization._plan import block_cost, make_plan, spill_folder
+from auto_round.quantization._plan import (
+    Means,
+    block_cost,
+    end_to_end_cost,
+    fits_on_gpu,
+    make_plan,
+    spill_folder,
+)
 from auto_round.quantization._progress import RichProgress, SilentProgress
 from auto_round.quantization._report import QuantizationReport
 from auto_round.quantization._results import ResultStore
 from auto_round.quantization._source import block_layers, open_model
-from auto_round.quantization._walk import Means, Walk
+from auto_round.quantization._tail import Tail
+from auto_round.quantization._walk import Walk
 from auto_round.report import save_html
 
 _REPORT_JSON, _REPORT_HTML = "quantization_report.json", "quantization_report.html"
@@ -50,6 +58,9 @@ class AutoRound:
     For small blocks, where no `memory.max_ram_mb` is set, av-memory has the C library keep what is freed for
     the rest of the process, which saves a million page faults a block; what is free is given back after each
     block.
+
+    With `end_to_end_iters`, all scales are trained together once the blocks are done; a module's layers take
+    those over at the end, one after another.
 
     Args:
         model: Folder of a checkpoint as transformers writes it, the name of one in the local cache of the
@@ -97,6 +108,7 @@ class AutoRound:
         self._workspace: tempfile.TemporaryDirectory[str] | None = None
         self._store: ResultStore | None = None
         self._report: QuantizationReport | None = None
+        self._tail: Tail | None = None
         try:
             self._check()
         except BaseException:
@@ -140,10 +152,11 @@ class AutoRound:
             return self._quantize()
 
     def _quantize(self) -> QuantizationReport:
+        quantization = self.config.quantization
         report = QuantizationReport(model=self._name, configuration=self.config.to_dict())
-        if self.config.quantization.needs_calibration:
+        if quantization.needs_calibration:
             # Else it would show after hours of work, as a block's outputs, of which no layer can be told.
-            self._source.check_finite(self.config.quantization)
+            self._source.check_finite(quantization)
         tokens = self._draw_calibration()
         with ExitStack() as undo:
             workspace = self._new_workspace()
@@ -152,7 +165,7 @@ class AutoRound:
             store = ResultStore(folder)
             means = self._plan(tokens, folder, report)
             with RichProgress() if self._progress else SilentProgress() as progress:
-                Walk(self._source, self.config.quantization, store, means, tokens, report, progress).run()
+                Walk(self._source, quantization, store, means, tokens, report, progress, self._tail).run()
             undo.pop_all()
         self._forget()
         self._workspace, self._store, self._report = workspace, store, report
@@ -264,12 +277,29 @@ class AutoRound:
             and self._calibration is None
             and quantization.calibration != "self"
         ):
+            wants = f"quality {quantization.quality!r}"
+            if quantization.end_to_end_iters:
+                wants += f" with end_to_end_iters {quantization.end_to_end_iters}"
             raise CalibrationError(
-                f"quantization.quality {quantization.quality!r} needs calibration, and there is none. Give "
+                f"quantization.{wants} needs calibration, and there is none. Give "
                 "calibration= text files, a folder, texts, a data set or token ids; or set "
                 "quantization.calibration to 'self' for text that the model writes itself, or "
-                "quantization.quality to 'rtn', which needs none."
+                "quantization.quality to 'rtn', which needs none"
+                f"{' without end_to_end_iters' if quantization.end_to_end_iters else ''}."
             )
+        if quantization.end_to_end_iters:
+            self._check_end_to_end()
+
+    def _check_end_to_end(self) -> None:
+        blocks = zip(self._source.blocks, self._source.block_names, strict=True)
+        inside = [one for pair in blocks for one in block_layers(*pair, self.config.quantization)]
+        if not any(settings.weight_dtype == "int" for _, settings in inside):
+            raise ConfigurationError(
+                f"quantization.end_to_end_iters is {self.config.quantization.end_to_end_iters}, but no layer "
+                "of the blocks becomes integers, whose scales are what it trains; set it to 0."
+            )
+        with torch.inference_mode(False):
+            self._tail = Tail(self._source)
 
     def _draw_calibration(self) -> Tensor | None:
         quantization = self.config.quantization
@@ -308,7 +338,8 @@ class AutoRound:
         if device.type == "cuda" or tokens is None:
             most = self.config.memory.gpu_batch_size if device.type == "cuda" else quantization.batch_size
             micro = min(quantization.batch_size, most)
-            return Means(device=device, dtype=dtype, micro_batch=micro, spill_folder=None)
+            resident = self._tail is not None and fits_on_gpu(self._source, device, dtype)
+            return Means(device=device, dtype=dtype, micro_batch=micro, spill_folder=None, resident=resident)
         with self._source.callable_head():
             hidden, calls = Capture(self._source.model, list(self._source.blocks)).run(tokens[:1])
         costs = [
@@ -325,7 +356,19 @@ class AutoRound:
             )
             for block, name, call in self._one_of_each(calls)
         ]
-        plan = make_plan(max(costs, key=lambda cost: cost.weights + cost.sample), quantization, limit)
+        cost = max(costs, key=lambda cost: cost.weights + cost.sample)
+        together = None
+        if self._tail is not None:
+            together = end_to_end_cost(
+                self._source,
+                calls,
+                self._tail,
+                quantization,
+                samples=len(tokens),
+                sample_shape=tuple(hidden.shape[1:]),
+                dtype=dtype,
+            )
+        plan = make_plan(cost, quantization, limit, together)
         if plan.spills:
             report.notes.append(f"Activations between blocks are kept on disk, in {workspace}.")
         if plan.micro_batch < quantization.batch_size:
@@ -339,6 +382,7 @@ class AutoRound:
             micro_batch=plan.micro_batch,
             spill_folder=spill_folder(workspace, plan),
             keeps_heap=plan.keeps_heap,
+            resident=plan.resident,
         )
 
     def _one_of_each(self, calls: list[Call]) -> Generator[tuple[nn.Module, str, Call]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,9 @@ from auto_round.exceptions import ConfigurationError
 from auto_round.quantization._capture import Call
 from auto_round.quantization._fast_ops import fast_training
 from auto_round.quantization._layers import Layer
+from auto_round.quantization._scales import STATE_BYTES
+from auto_round.quantization._source import FloatModel, block_layers
+from auto_round.quantization._tail import Tail
 
 _MB = 2**20
 _SLACK_MB = 48
@@ -43,6 +46,39 @@ class BlockCost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Means:
+    """With what the walk works."""
+
+    device: torch.device
+    dtype: torch.dtype
+    micro_batch: int
+    """Samples that go through a block at once."""
+    spill_folder: Path | None
+    """Where activations are kept; None for memory."""
+    keeps_heap: bool = False
+    """Have the C library keep what is freed within a block for what is allocated next; a step allocates the
+    same sizes over and over, and a page that is mapped anew costs more than what is done with it."""
+    resident: bool = False
+    """Keep all blocks in memory while scales are trained end to end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EndToEndCost:
+    """What it takes to train all scales together, in bytes."""
+
+    block: int
+    """Of the most demanding block: its weights and codes, and a layer's gradient."""
+    blocks: int | None
+    """Of all blocks with their codes; None where they must not stay."""
+    sample: int
+    """Activations of one sample on its way forwards and backwards."""
+    streams: int
+    """The float model's hidden states, a batch's between all blocks, and what Adam keeps for the scales."""
+    tail: int
+    """What follows the blocks, and logits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """What was decided."""
 
@@ -54,6 +90,8 @@ class Plan:
     """What this is expected to take, in MB of 2**20 bytes, with what the process holds already."""
     keeps_heap: bool = False
     """The work is so small that memory which is freed may be kept, for speed."""
+    resident: bool = False
+    """All blocks stay in memory while scales are trained end to end."""
 
 
 def block_cost(
@@ -104,38 +142,117 @@ def block_cost(
     )
 
 
-def make_plan(cost: BlockCost, config: QuantizationConfig, max_ram_mb: int | None) -> Plan:
+def end_to_end_cost(
+    source: FloatModel,
+    calls: Sequence[Call],
+    tail: Tail,
+    config: QuantizationConfig,
+    *,
+    samples: int,
+    sample_shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> EndToEndCost:
+    """Return what it takes to train all scales together.
+
+    Args:
+        source: The model; its blocks may be on the meta device.
+        calls: How they are called.
+        tail: What follows them.
+        config: How they are quantised.
+        samples: Of calibration.
+        sample_shape: Of one sample between two blocks, [tokens, width].
+        dtype: In which it is computed.
+    """
+    sizes: list[int] = []
+    demands: dict[object, tuple[int, int]] = {}
+    scales = 0
+    for block, name, call in zip(source.blocks, source.block_names, calls, strict=True):
+        layers = block_layers(block, name, config)
+        weights = [layer.weight.numel() for layer, _ in layers]
+        scales += sum(_groups(layer, settings) for layer, settings in layers)
+        sizes.append(sum(tensor.numel() for tensor in block.parameters()) * dtype.itemsize + sum(weights))
+        key = tuple((tuple(layer.weight.shape), settings) for layer, settings in layers)
+        if key not in demands:
+            # A layer's gradient, or its codes while they are unpacked and multiplied.
+            demand = sizes[-1] + 2 * max(weights, default=0) * dtype.itemsize
+            demand += _EXPERTS_MB * _MB if any(layer.weight.ndim == 3 for layer, _ in layers) else 0
+            demands[key] = demand, _activation_bytes(block, call, layers, sample_shape, dtype, True)
+    each = torch.Size(sample_shape).numel() * dtype.itemsize
+    batch = min(config.batch_size * config.gradient_accumulate_steps, samples)
+    has_quantized_head = any(config.names(name.rpartition(".")[0]) for name in tail.names)
+    return EndToEndCost(
+        block=max(demand for demand, _ in demands.values()),
+        # A module in memory is there already, and a second one would be as large.
+        blocks=None if source.folder is None else sum(sizes),
+        sample=max(sample for _, sample in demands.values()),
+        streams=(samples + (len(sizes) + 2) * batch) * each + STATE_BYTES * scales,
+        tail=tail.nbytes(dtype, sample_shape[0], copies=1 + has_quantized_head),
+    )
+
+
+def fits_on_gpu(source: FloatModel, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether all blocks, with a byte for each code, take half of a GPU's free memory at most."""
+    if device.type != "cuda":
+        return False
+    weights = sum(tensor.numel() for block in source.blocks for tensor in block.parameters())
+    return weights * (dtype.itemsize + 1) <= torch.cuda.mem_get_info(device)[0] / 2
+
+
+def make_plan(
+    cost: BlockCost, config: QuantizationConfig, max_ram_mb: int | None, together: EndToEndCost | None = None
+) -> Plan:
     """Fit the work into the limit: activations go to disk first, then batches go through in smaller parts.
+
+    Args:
+        cost: Of the work on blocks.
+        config: The size of batches.
+        max_ram_mb: The limit.
+        together: Of training all scales together, which comes after the blocks. All blocks stay in memory
+            where that fits too.
 
     Raises:
         ConfigurationError: Nothing fits; the message has the limit that would do.
     """
     held_mb = get_cpu_memory()
     batch = config.batch_size
+
+    def plan(micro: int, spills: bool) -> Plan:
+        needed_mb = _needed_mb(cost, micro, spills, batch)
+        if together is not None:
+            needed_mb = max(needed_mb, _together_mb(together, micro, spills))
+        return Plan(micro_batch=micro, spills=spills, needed_mb=held_mb + needed_mb)
+
+    def with_all(found: Plan, most_mb: float) -> Plan:
+        """Have all blocks stay where that takes no more."""
+        if together is None or together.blocks is None:
+            return found
+        all_mb = _together_mb(together, found.micro_batch, found.spills) + together.blocks / _MB
+        if held_mb + all_mb > most_mb:
+            return found
+        return replace(found, needed_mb=max(found.needed_mb, held_mb + all_mb), resident=True)
+
     if max_ram_mb is None:
-        spills = cost.streams / _MB > _AMPLE * get_memory_stats().machine_available_mb
-        return Plan(
-            micro_batch=batch,
-            spills=spills,
-            needed_mb=held_mb + _needed_mb(cost, batch, spills, batch),
-            keeps_heap=_needed_mb(cost, batch, True, batch) < _SMALL_MB,
-        )
+        ample_mb = _AMPLE * get_memory_stats().machine_available_mb
+        spills = max(cost.streams, 0 if together is None else together.streams) / _MB > ample_mb
+        found = replace(plan(batch, spills), keeps_heap=_needed_mb(cost, batch, True, batch) < _SMALL_MB)
+        return with_all(found, held_mb + ample_mb)
     choices = [(batch, False), (batch, True)]
     while choices[-1][0] > 1:
         choices.append(((choices[-1][0] + 1) // 2, True))
-    plans = [
-        Plan(micro_batch=micro, spills=spills, needed_mb=held_mb + _needed_mb(cost, micro, spills, batch))
-        for micro, spills in choices
-    ]
-    for plan in plans:
-        if plan.needed_mb <= max_ram_mb:
-            return plan
+    plans = [plan(micro, spills) for micro, spills in choices]
+    for found in plans:
+        if found.needed_mb <= max_ram_mb:
+            return with_all(found, max_ram_mb)
     smallest = plans[-1].needed_mb
+    what, remedy = "the largest block takes", ""
+    if held_mb + _needed_mb(cost, 1, True, batch) < smallest:
+        what = "training all scales together takes"
+        remedy = ", quantization.end_to_end_iters 0"
     raise ConfigurationError(
-        f"memory.max_ram_mb is {max_ram_mb}, but the largest block takes {smallest:.0f} MB even with "
+        f"memory.max_ram_mb is {max_ram_mb}, but {what} {smallest:.0f} MB even with "
         f"activations on disk and one sample at a time ({held_mb:.0f} MB are in use already). Set it to at "
-        f"least {int(smallest) + 1}, take a shorter quantization.seqlen, or a method that trains less "
-        "(quantization.quality 'signround', 'optimized_rtn' or 'rtn')."
+        f"least {int(smallest) + 1}, take a shorter quantization.seqlen{remedy}, or a method that trains "
+        "less (quantization.quality 'signround', 'optimized_rtn' or 'rtn')."
     )
 
 
@@ -150,13 +267,22 @@ def _needed_mb(cost: BlockCost, micro_batch: int, spills: bool, batch: int) -> f
     return (cost.weights + accumulated + cost.sample * micro_batch + streams) / _MB + _SLACK_MB
 
 
+def _together_mb(cost: EndToEndCost, micro_batch: int, spills: bool) -> float:
+    streams = 0 if spills else cost.streams
+    # What follows the blocks stays; its logits and a block's activations are not there at once, but nearly.
+    return (cost.block + cost.tail + cost.sample * micro_batch + streams) / _MB + _SLACK_MB
+
+
 def _trained_bytes(layer: Layer, settings: LayerSettings, config: QuantizationConfig, in_place: bool) -> int:
     """Return what the tuner of a layer keeps: the weight where it must, and what is trained."""
-    groups = layer.weight.numel() // (layer.width if settings.group_size == -1 else settings.group_size)
     each = 9
     if settings.weight_dtype == "int":
         each = 13 if config.quality == "best" else 5 if in_place else 9
-    return each * layer.weight.numel() + 32 * groups
+    return each * layer.weight.numel() + 32 * _groups(layer, settings)
+
+
+def _groups(layer: Layer, settings: LayerSettings) -> int:
+    return layer.weight.numel() // (layer.width if settings.group_size == -1 else settings.group_size)
 
 
 def _activation_bytes(

@@ -41,6 +41,9 @@ class SilentProgress:
     def block(self, index: int, report: BlockReport) -> None:
         """Take note of nothing."""
 
+    def end_to_end(self, step: int, steps: int, loss: float) -> None:
+        """Take note of nothing."""
+
 
 @dataclass
 class _Reached:
@@ -53,6 +56,8 @@ class _Reached:
     """Steps within the block that is worked on."""
     loss: float = math.nan
     last: BlockReport | None = None
+    together: tuple[int, int, float] | None = None
+    """Steps in which all scales are trained together: taken, of how many, and the loss of the last."""
     began: float = field(default_factory=lambda: time.perf_counter())
 
     @property
@@ -122,6 +127,13 @@ class RichProgress:
             text = _joined(done, megabytes(get_cpu_memory()), reached.to_go())
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def end_to_end(self, step: int, steps: int, loss: float) -> None:
+        """Note a step, counted from 0, of training all scales; without a terminal, print a tenth of them."""
+        self._reached.together = step + 1, steps, loss
+        if self._live is None and (step + 1) * 10 // steps > step * 10 // steps:
+            text = _joined(f"scales {step + 1}/{steps}", _nats(loss), megabytes(get_cpu_memory()))
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def _stop(self) -> None:
         if self._live is not None:
             live, self._live = self._live, None
@@ -147,6 +159,9 @@ class RichProgress:
         if reached.steps and reached.done < reached.blocks:
             loss = f"loss {reached.loss:.1%} of rounding to nearest" if math.isfinite(reached.loss) else ""
             add("steps", reached.taken, reached.steps, loss)
+        if reached.together is not None:
+            taken, steps, loss = reached.together
+            add("scales", taken, steps, _nats(loss))
         if reached.last is None:
             return lines
         last = Text(f"last: {_outcome(reached.last)}", no_wrap=True, overflow="ellipsis")
@@ -162,6 +177,10 @@ def _standard_error() -> Console:
 
 def _joined(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
+
+
+def _nats(loss: float) -> str:
+    return f"{figure(loss)} nats a token from the float model"
 
 
 def _outcome(report: BlockReport) -> str:

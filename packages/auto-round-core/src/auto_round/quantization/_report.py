@@ -51,6 +51,30 @@ class BlockReport:
     """Largest resident set of the process while it was worked on, in MB of 2**20 bytes."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EndToEndReport:
+    """How all scales were trained together.
+
+    Losses are KL divergences of the quantised model's predictions from the float model's, in nats a token.
+    """
+
+    loss_before: float
+    """With the scales that the blocks were given."""
+    loss_after: float
+    """With those that were kept; no larger than before."""
+    samples: int
+    """On how many samples both were measured."""
+    held_out: bool
+    """Those were kept out of the training; where there are few samples, none are."""
+    best_step: int
+    """After how many steps the scales were kept; 0 where no step made them better, and they are as before."""
+    step_losses: tuple[float, ...] = ()
+    """Of each step's batch, before the step."""
+    wall_s: float = 0.0
+    peak_mb: float = 0.0
+    """Largest resident set of the process meanwhile, in MB of 2**20 bytes."""
+
+
 @dataclass(kw_only=True)
 class QuantizationReport:
     """A whole quantisation."""
@@ -61,6 +85,8 @@ class QuantizationReport:
     blocks: list[BlockReport] = field(default_factory=list[BlockReport])
     outside: list[LayerReport] = field(default_factory=list[LayerReport])
     """Layers outside the blocks."""
+    end_to_end: EndToEndReport | None = None
+    """None where scales were not trained end to end; else the blocks and layers above are as before that."""
     memory: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
     """Seconds since the start, and the process's resident set in MB of 2**20 bytes."""
     notes: list[str] = field(default_factory=list[str])
@@ -85,8 +111,9 @@ class QuantizationReport:
 
     @property
     def peak_mb(self) -> float:
-        """Largest resident set of the process while blocks were worked on, in MB of 2**20 bytes."""
-        return max((block.peak_mb for block in self.blocks), default=0.0)
+        """Largest resident set of the process during the work, in MB of 2**20 bytes."""
+        peaks = [block.peak_mb for block in self.blocks]
+        return max([*peaks, self.end_to_end.peak_mb] if self.end_to_end else peaks, default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values that JSON can hold; infinite figures are None."""

@@ -2,13 +2,14 @@
 
 Codes are packed to their bits, so that the files take what the quantised model takes. Format version 1: for a
 layer NAME the safetensors file holds `NAME:codes` (int32 words of `packing`, [rows, words]), `NAME:scale`
-and, where there are some, `NAME:zero` and `NAME:global_scale`; the file's metadata holds the settings.
+and, where there are some, `NAME:zero` and `NAME:global_scale`; the file's metadata holds the settings. Scales
+that were trained later are in a file of their own beside it, which holds `NAME:scale` alone.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +42,7 @@ class ResultStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Path] = {}
+        self._scales: dict[str, Path] = {}
         self._settings: dict[str, tuple[LayerSettings, int]] = {}
 
     @property
@@ -65,17 +67,34 @@ class ResultStore:
                     tensors[f"{layer}:{part}"] = value.view(_BYTES.get(value.dtype, value.dtype))
         about = {layer: [asdict(w.settings), w.codes.shape[1]] for layer, w in weights.items()}
         metadata = {"format_version": "1", "layers": json.dumps(about)}
-        path = self.folder / f"{name}.safetensors"
-        try:
-            write_atomically(path, lambda temporary: _save(tensors, temporary, metadata))
-        except (OSError, SafetensorError) as failure:
-            raise ExportError(
-                f"{path} cannot be written: {failure}. Quantised weights wait in memory.workspace_dir until "
-                "they are saved; set it to a folder with room for them."
-            ) from failure
+        path = self._write(name, tensors, metadata)
         for layer, weight in weights.items():
             self._files[layer] = path
             self._settings[layer] = weight.settings, weight.codes.shape[1]
+            self._scales.pop(layer, None)
+
+    def replace_scales(self, scales: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
+        """Have layers read with other scales from now on: all of them, or after any failure none.
+
+        Args:
+            scales: Names of files, each with the new scales of some layers by their names, in the shape and
+                type of the old ones. They are taken one after another, so that one is in memory at a time.
+
+        Raises:
+            ExportError: As for `write`.
+        """
+        found: dict[str, Path] = {}
+        try:
+            for name, by_layer in scales:
+                tensors = {f"{layer}:scale": scale.cpu().contiguous() for layer, scale in by_layer.items()}
+                path = self._write(name, tensors, {"format_version": "1"})
+                found.update(dict.fromkeys(by_layer, path))
+        except BaseException:
+            for path in set(found.values()):
+                path.unlink(missing_ok=True)
+            raise
+        # What a name stands for is known in this process alone, and changes here at once.
+        self._scales = {**self._scales, **found}
 
     def read(self, layer: str) -> QuantizedWeight:
         """Return one layer."""
@@ -85,6 +104,20 @@ class ResultStore:
                 part: reader.read(f"{layer}:{part}") for part in _PARTS if f"{layer}:{part}" in reader
             }
             codes = unpack(reader.read(f"{layer}:codes"), settings.bits, width)
+        if layer in self._scales:
+            with CheckpointReader(self._scales[layer]) as reader:
+                parts["scale"] = reader.read(f"{layer}:scale")
         if settings.weight_dtype == "nvfp4":
             parts["scale"] = parts["scale"].view(torch.float8_e4m3fn)
         return QuantizedWeight(settings=settings, codes=codes, **parts)
+
+    def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+        path = self.folder / f"{name}.safetensors"
+        try:
+            write_atomically(path, lambda temporary: _save(tensors, temporary, metadata))
+        except (OSError, SafetensorError) as failure:
+            raise ExportError(
+                f"{path} cannot be written: {failure}. Quantised weights wait in memory.workspace_dir until "
+                "they are saved; set it to a folder with room for them."
+            ) from failure
+        return path

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,15 +17,18 @@ from auto_round.config_manager import LayerSettings, QuantizationConfig
 from auto_round.exceptions import QuantizationError
 from auto_round.quantization._capture import Call, Capture, same_calls
 from auto_round.quantization._compute import scale_dtype_of
+from auto_round.quantization._end_to_end import EndToEnd
 from auto_round.quantization._experts import FewShapes
 from auto_round.quantization._inputs import InputStatistics, rounded_inputs
 from auto_round.quantization._layers import Layer
+from auto_round.quantization._plan import Means
 from auto_round.quantization._quantized import QuantizedWeight
 from auto_round.quantization._report import BlockReport, LayerReport, QuantizationReport, layer_report
 from auto_round.quantization._results import ResultStore
 from auto_round.quantization._rtn import quantize_optimized_rtn, quantize_rtn
 from auto_round.quantization._source import FloatModel, block_layers
 from auto_round.quantization._streams import Stream, batches
+from auto_round.quantization._tail import Tail
 from auto_round.quantization._tuning import tune_block
 
 _MMAP_BYTES, _KEPT_BYTES = 32 << 20, 1 << 30
@@ -46,20 +49,9 @@ class Progress(Protocol):
         """A block is done."""
         ...
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Means:
-    """With what the walk works."""
-
-    device: torch.device
-    dtype: torch.dtype
-    micro_batch: int
-    """Samples that go through a block at once."""
-    spill_folder: Path | None
-    """Where activations are kept; None for memory."""
-    keeps_heap: bool = False
-    """Have the C library keep what is freed within a block for what is allocated next; a step allocates the
-    same sizes over and over, and a page that is mapped anew costs more than what is done with it."""
+    def end_to_end(self, step: int, steps: int, loss: float) -> None:
+        """A step of training all scales together was taken, of so many; the loss is in nats a token."""
+        ...
 
 
 class Walk:
@@ -73,6 +65,7 @@ class Walk:
         tokens: Calibration, int64 [samples, tokens]; None where the method reads none.
         report: Is filled.
         progress: Is told.
+        tail: What follows the blocks, where scales are trained end to end.
     """
 
     def __init__(
@@ -84,12 +77,15 @@ class Walk:
         tokens: Tensor | None,
         report: QuantizationReport,
         progress: Progress,
+        tail: Tail | None = None,
     ) -> None:
         self._source, self._config, self._store, self._means = source, config, store, means
         self._tokens, self._report, self._progress = tokens, report, progress
         self._scale_dtype = scale_dtype_of(config)
         self._capture = Capture(source.model, list(source.blocks))
         self._calls: dict[int, list[Call]] = {}
+        self._tail = tail
+        self._ranges: dict[int, dict[str, Tensor]] = {}
         self._begin_s = time.monotonic()
 
     def run(self) -> None:
@@ -99,22 +95,50 @@ class Walk:
             QuantizationError: Weights, calibration or losses are not finite, or something does not fit.
         """
         self._progress.begin(len(self._source.blocks), self._config.iters if self._config.trains else 0)
-        self._blocks()
-        self._outside()
-
-    def _blocks(self) -> None:
         with ExitStack() as stack:
-            if self._tokens is None:
-                for index in range(len(self._source.blocks)):
-                    self._block(index, None, None)
-                return
-            # Two streams: what the float blocks put out, and what the quantised ones do.
-            float_stream = stack.enter_context(self._embedded(self._tokens))
+            wanted = self._blocks(stack)
+            outside = self._outside()
+            if self._tail is not None and wanted is not None:
+                self._end_to_end(self._tail, wanted)
+        self._source.take_over(outside)
+
+    def _blocks(self, stack: ExitStack) -> Stream | None:
+        """Quantise the blocks; return what the last float block puts out, which the stack closes."""
+        if self._tokens is None:
+            for index in range(len(self._source.blocks)):
+                self._block(index, None, None)
+            return None
+        # Two streams: what the float blocks put out, and what the quantised ones do.
+        float_stream = stack.enter_context(self._embedded(self._tokens))
+        with ExitStack() as here:
             quantized_stream = float_stream
             if self._config.enable_quanted_input:
-                quantized_stream = stack.enter_context(self._copied(float_stream))
+                quantized_stream = here.enter_context(self._copied(float_stream))
             for index in range(len(self._source.blocks)):
                 self._block(index, float_stream, quantized_stream)
+        return float_stream
+
+    def _end_to_end(self, tail: Tail, wanted: Stream) -> None:
+        assert self._tokens is not None  # noqa: S101 - there is a stream
+        steps = self._config.end_to_end_iters
+        report = EndToEnd(
+            self._source,
+            self._config,
+            self._store,
+            self._means,
+            tail,
+            self,
+            self._tokens,
+            wanted,
+            self._ranges,
+            lambda step, loss: self._progress.end_to_end(step, steps, loss),
+        ).run()
+        self._report.end_to_end = report
+        self._report.memory.append((time.monotonic() - self._begin_s, get_cpu_memory()))
+        if report.best_step and self._source.folder is None:
+            for block, name in zip(self._source.blocks, self._source.block_names, strict=True):
+                layers = block_layers(block, name, self._config)
+                self._source.take_over({layer.name: self._store.read(layer.name) for layer, _ in layers})
 
     @property
     def _samples(self) -> int:
@@ -167,12 +191,22 @@ class Walk:
     def _moved(self, calls: list[Call]) -> list[Call]:
         return [call.to(self._means.device, self._means.dtype) for call in calls]
 
-    def _call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        if len(hidden) not in self._calls:
+    def embed(self, samples: Sequence[int]) -> Tensor:
+        """Return what goes into the first block for some samples; runs within `callable_head`."""
+        assert self._tokens is not None  # noqa: S101
+        return self._capture.run(self._tokens[list(samples)])[0]
+
+    def prepare(self, sizes: Set[int]) -> None:
+        """Find out how blocks are called with batches of these sizes."""
+        for size in sizes - self._calls.keys():
             assert self._tokens is not None  # noqa: S101
             with self._source.callable_head():
-                _, calls = self._capture.run(self._tokens[: len(hidden)])
-            self._calls[len(hidden)] = self._moved(calls)
+                _, calls = self._capture.run(self._tokens[:size])
+            self._calls[size] = self._moved(calls)
+
+    def call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Return what a block makes of hidden states [batch, tokens, width]."""
+        self.prepare({len(hidden)})
         return self._calls[len(hidden)][index](block, hidden)
 
     def _block(self, index: int, float_stream: Stream | None, quantized_stream: Stream | None) -> None:
@@ -213,13 +247,13 @@ class Walk:
             reports.append(layer_report(layer.name, weight, weights[layer.name]))
         return weights, tuple(reports)
 
-    def _outside(self) -> None:
+    def _outside(self) -> dict[str, QuantizedWeight]:
         """Round the layers outside the blocks that the configuration names, such as the head."""
         weights, reports = self._without_inputs(self._source.outside(self._config))
         if weights:
             self._store.write("outside", weights)
-            self._source.take_over(weights)
         self._report.outside.extend(reports)
+        return weights
 
     def _with_inputs(
         self,
@@ -232,7 +266,7 @@ class Walk:
         name = self._source.block_names[index]
 
         def run(hidden: Tensor) -> Tensor:
-            return self._call(index, block, hidden)
+            return self.call(index, block, hidden)
 
         statistics = self._statistics(layers, run, quantized_stream)
         # Where blocks are given float inputs there is one stream, and its inputs are needed until the end.
@@ -244,6 +278,7 @@ class Walk:
             if self._config.has_static_activations
             else None
         )
+        self._ranges[index] = ranges or {}
         weights: dict[str, QuantizedWeight] = {}
         loss_before = best_step = None
         losses: tuple[float, ...] = ()
