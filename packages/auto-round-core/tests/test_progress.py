@@ -44,7 +44,7 @@ def seen(progress: RichProgress, out: io.StringIO) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", [RichProgress, SilentProgress])
-@pytest.mark.parametrize("name", ["begin", "step", "block"])
+@pytest.mark.parametrize("name", ["begin", "step", "block", "end_to_end"])
 def test_both_are_what_the_walk_calls(kind, name):
     def parameters(owner: type) -> list[tuple[str, object]]:
         given = inspect.signature(getattr(owner, name)).parameters.values()
@@ -104,6 +104,31 @@ def test_without_training_there_are_no_steps(clock):
         progress.begin(8, 0)
         progress.block(0, block())
         assert [line.split()[0] for line in seen(progress, out)] == ["blocks", "last:"]
+
+
+def test_training_of_all_scales_has_a_line_of_its_own(clock):
+    out, console = terminal()
+    with RichProgress(console) as progress:
+        progress.begin(1, 0)
+        progress.block(0, block())
+        progress.end_to_end(6, 200, 0.123456)
+        blocks, scales, _ = seen(progress, out)
+        assert "1/1" in blocks
+        assert re.fullmatch(r"scales .+ 7/200 0\.123 nats a token from the float model", scales)
+        progress.begin(1, 0)
+        assert len(seen(progress, out)) == 1
+
+
+def test_a_tenth_of_the_steps_of_training_all_scales_is_a_line(clock):
+    out = io.StringIO()
+    with RichProgress(Console(file=out, width=40)) as progress:
+        progress.begin(1, 0)
+        for step in range(50):
+            progress.end_to_end(step, 50, 1 / (step + 1))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "scales 5/50, 0.2 nats a token from the float model, 412 MB"
+    assert lines[-1].startswith("scales 50/50, 0.02 nats")
 
 
 def test_a_narrow_terminal_keeps_its_lines(clock):

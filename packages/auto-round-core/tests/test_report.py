@@ -9,7 +9,7 @@ import pytest
 import torch
 from auto_round.config_manager import LayerSettings
 from auto_round.quantization import BlockReport, LayerReport, QuantizationReport
-from auto_round.quantization._report import layer_report
+from auto_round.quantization._report import EndToEndReport, layer_report
 from auto_round.quantization._rtn import quantize_rtn
 
 INT4 = LayerSettings(bits=4, group_size=32, symmetric=True, weight_dtype="int")
@@ -65,6 +65,10 @@ def test_the_average_weighs_layers_by_their_weights() -> None:
     assert [entry.name for entry in report.layers] == ["0.a", "0.b", "head"]
     assert report.average_bits == pytest.approx((450 + 750 + 850) / 500)
     assert (report.wall_s, report.peak_mb) == (5, 70)
+    report.end_to_end = EndToEndReport(
+        loss_before=2, loss_after=1, samples=3, held_out=False, best_step=1, peak_mb=80
+    )
+    assert report.peak_mb == 80
 
 
 def test_json_holds_everything_and_no_figure_that_json_lacks(tmp_path: Path) -> None:

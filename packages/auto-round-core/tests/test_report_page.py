@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from auto_round.config_manager import AutoRoundConfig, LayerSettings
-from auto_round.quantization._report import BlockReport, LayerReport, QuantizationReport
+from auto_round.quantization._report import BlockReport, EndToEndReport, LayerReport, QuantizationReport
 from auto_round.report import report_html, save_html
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -521,3 +521,43 @@ def test_without_a_script_it_can_be_read(show, report):
     assert page.locator(".steps figure").count() == 8
     box = page.locator(".frame.tall").bounding_box()
     assert box["height"] > 200
+
+
+def together(**values: object) -> EndToEndReport:
+    given = {"loss_before": 0.4, "loss_after": 0.3, "samples": 16, "held_out": True, "best_step": 75}
+    losses = tuple(0.42 - step / 1000 for step in range(100))
+    return EndToEndReport(**{**given, "step_losses": losses, "wall_s": 5.0, "peak_mb": 900.0, **values})
+
+
+def test_training_of_all_scales_has_its_sentence_and_its_drawing(report: QuantizationReport) -> None:
+    title = "Training of all scales together"
+    assert title not in report_html(report)
+    report.end_to_end = together()
+    page = parsed(report)
+    verdict = page.xpath("//p[@class='verdict']")[0].text_content()
+    assert "from 0.4 to 0.3 nats a token (25.0% less), measured on 16 samples held out for that." in verdict
+    assert "held at most 900 MB" in verdict
+    (section,) = page.xpath(f"//section[h2='{title}']")
+    assert "measured from 0.4 to 0.3 nats" in section.xpath(".//svg/@aria-label")[0]
+    (before,), (after,) = (
+        section.xpath(f".//path[@class='dots {style}']/@d") for style in ("before", "after")
+    )
+    assert before.startswith("M0 ")
+    assert after.startswith("M750 ")
+    # The y axis points down.
+    assert int(before.split()[1].rstrip("h0")) < int(after.split()[1].rstrip("h0"))
+
+
+def test_training_that_did_not_help_is_said(report: QuantizationReport) -> None:
+    report.end_to_end = together(best_step=0, loss_after=0.4, held_out=False)
+    verdict = parsed(report).xpath("//p[@class='verdict']")[0].text_content()
+    assert (
+        "did not bring predictions nearer to the float model's, measured on 16 samples: the scales" in verdict
+    )
+
+
+def test_losses_that_are_no_numbers_break_no_page(report: QuantizationReport) -> None:
+    for losses in ((), (math.nan,), (0.4, math.inf, math.nan), (0.0,)):
+        report.end_to_end = together(step_losses=losses, loss_after=math.nan, peak_mb=math.nan)
+        page = parsed(report)
+        assert not re.search(r"nan|inf\b", " ".join(page.xpath("//path/@d")))

@@ -1,5 +1,6 @@
 """Quantised weights on disk: written, read back, and what they take."""
 
+import dataclasses
 import json
 import resource
 import signal
@@ -71,6 +72,30 @@ def test_layers_of_several_files_are_found(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"block-{index}.safetensors" for index in range(3)
     ]
+
+
+def test_scales_are_replaced_all_at_once_or_not_at_all(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    before = {name: made(bits=bits) for name, bits in (("a", 2), ("b", 3), ("c", 4))}
+    for name, weight in before.items():
+        store.write(f"block-{name}", {name: weight})
+    new = {name: weight.scale * 2 for name, weight in before.items()}
+
+    def interrupted() -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        yield "scales-a", {"a": new["a"]}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.replace_scales(interrupted())
+    assert all(same(store.read(name), weight) for name, weight in before.items())
+    assert not list(tmp_path.glob("scales*"))
+    store.replace_scales((f"scales-{name}", {name: new[name]}) for name in ("a", "b"))
+    for name, weight in before.items():
+        scale = weight.scale if name == "c" else new[name]
+        assert same(store.read(name), dataclasses.replace(weight, scale=scale))
+    # What is quantised anew has its own scales.
+    store.write("block-a", {"a": before["a"]})
+    assert same(store.read("a"), before["a"])
 
 
 @pytest.fixture

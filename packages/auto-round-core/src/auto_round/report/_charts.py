@@ -147,19 +147,22 @@ class Peak:
 
     size_mb: float
     block: str
-    """In which block; empty where a sample says it."""
+    """In which block, or what came after all blocks; empty where a sample says it."""
     time_s: float | None
     """When, if a sample says it."""
 
 
 def peak_of(report: QuantizationReport) -> Peak | None:
-    """Return the largest of all samples and of the blocks' own peaks, which lie between samples."""
+    """Return the largest of all samples and of the peaks of blocks and training, which lie between."""
     samples = _samples(report)
-    blocks = [block for block in report.blocks if drawable(block.peak_mb) and block.peak_mb > 0]
+    peaks = [(block.peak_mb, block.name) for block in report.blocks]
+    if report.end_to_end is not None:
+        peaks.append((report.end_to_end.peak_mb, "the training of all scales"))
     top = max(samples, key=lambda sample: sample[1], default=None)
-    block = max(blocks, key=lambda block: block.peak_mb, default=None)
-    if block is not None and (top is None or block.peak_mb > top[1]):
-        return Peak(block.peak_mb, block.name, None)
+    known = [(size_mb, name) for size_mb, name in peaks if drawable(size_mb) and size_mb > 0]
+    peak = max(known, key=lambda one: one[0], default=None)
+    if peak is not None and (top is None or peak[0] > top[1]):
+        return Peak(*peak, None)
     return None if top is None else Peak(top[1], "", top[0])
 
 

@@ -22,6 +22,7 @@ from auto_round.report._entries import Entry, described, entries_of
 from auto_round.report._plot import drawable
 from auto_round.report._steps import step_charts
 from auto_round.report._tables import block_table, decibels, fitting, kind_table, setting_tables, with_room
+from auto_round.report._together import together_section, together_sentence
 
 _NOTE_BYTES, _LONGEST_NOTE = 60_000, 1000
 _MOST_NAMED = 8
@@ -45,6 +46,7 @@ def report_html(report: QuantizationReport) -> str:
         _section("Loss of each block", _losses(report)),
         _section("Each layer's signal to quantisation noise", _ratios(report, entries, shown)),
         _section("Losses while training", _steps(report)),
+        _section("Training of all scales together", together_section(report.end_to_end)),
         _section("Memory", _memory(report, peak, limit_mb)),
         _section("Blocks", block_table(report.blocks) if report.blocks else ""),
         _section("Layers", layers if entries else ""),
@@ -98,7 +100,7 @@ def _verdict(report: QuantizationReport, peak: Peak | None, limit_mb: float | No
     settings = list(dict.fromkeys(described(layer) for layer in layers))
     more = f", and {count(len(settings) - 1, 'other kind')} of settings" if len(settings) > 1 else ""
     sentences.append(f"Settings: {settings[0]}{more}{_method(report)}.")
-    sentences += _loss_sentences(report)
+    sentences += _loss_sentences(report) + together_sentence(report.end_to_end)
     if peak is not None:
         share = f", {peak.size_mb / limit_mb:.0%} of its limit of {megabytes(limit_mb)}" if limit_mb else ""
         sentences.append(f"The process held at most {megabytes(peak.size_mb)}{share}.")

@@ -44,17 +44,7 @@ def _drawing(block: BlockReport, y: Axis, buckets: int) -> str:
     def place(step: float, loss: float) -> tuple[float, float]:
         return x.place(step), UNITS - y.place(loss)
 
-    length = -(-len(steps) // buckets)
-    stretches = [steps[start : start + length] for start in range(0, len(steps), length)]
-    ends: list[tuple[int, float]] = []
-    for stretch in stretches:
-        ends += sorted({min(stretch, key=lambda step: step[1]), max(stretch, key=lambda step: step[1])})
-    # Losses of batches are noisy, and a mean of few steps is as well.
-    wide = -(-len(steps) // min(buckets, 20))
-    means = [
-        (fmean(step for step, _ in some), fmean(loss for _, loss in some))
-        for some in (steps[start : start + wide] for start in range(0, len(steps), wide))
-    ]
+    ends, means = thinned(steps, buckets)
     body = (
         f'<path class="part" d="M0 {UNITS - y.place(1.0):.0f}h{UNITS}"/>'
         f'<path class="faint" d="{line([place(*one) for one in ends])}"/>'
@@ -74,3 +64,21 @@ def _drawing(block: BlockReport, y: Axis, buckets: int) -> str:
         f'<figure><figcaption><b title="{escape(name)}">{escape(short)}</b> <span>{kept}</span></figcaption>'
         f"{framed(body, x=x, y=y, label=label, style='small')}</figure>"
     )
+
+
+def thinned(
+    steps: Sequence[tuple[int, float]], buckets: int
+) -> tuple[list[tuple[int, float]], list[tuple[float, float]]]:
+    """Return the lowest and highest loss of each of so many stretches of steps, and means."""
+    length = -(-len(steps) // buckets)
+    stretches = [steps[start : start + length] for start in range(0, len(steps), length)]
+    ends: list[tuple[int, float]] = []
+    for stretch in stretches:
+        ends += sorted({min(stretch, key=lambda step: step[1]), max(stretch, key=lambda step: step[1])})
+    # Losses of batches are noisy, and a mean of few steps is as well.
+    wide = -(-len(steps) // min(buckets, 20))
+    means = [
+        (fmean(step for step, _ in some), fmean(loss for _, loss in some))
+        for some in (steps[start : start + wide] for start in range(0, len(steps), wide))
+    ]
+    return ends, means
