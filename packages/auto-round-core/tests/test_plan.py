@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from auto_round.config_manager import QuantizationConfig
 from auto_round.exceptions import ConfigurationError
 from auto_round.quantization import _plan
 from auto_round.quantization._capture import Capture
-from auto_round.quantization._plan import BlockCost, block_cost, make_plan, spill_folder
+from auto_round.quantization._plan import BlockCost, EndToEndCost, block_cost, make_plan, spill_folder
 from auto_round.quantization._source import block_layers, open_model
 from torch import Tensor
 
@@ -76,6 +77,47 @@ def test_freed_memory_is_kept_only_for_small_work_without_a_limit() -> None:
     assert not make_plan(small, CONFIG, 100_000).keeps_heap
     large = BlockCost(weights=200 * MB, accumulated=0, sample=8 * MB, streams=8 * MB)
     assert not make_plan(large, CONFIG, None).keeps_heap
+
+
+TOGETHER = EndToEndCost(block=50 * MB, blocks=900 * MB, sample=20 * MB, streams=700 * MB, tail=100 * MB)
+
+
+def test_blocks_stay_only_where_all_fit_while_scales_are_trained_together() -> None:
+    found: dict[tuple[int, bool, bool], int] = {}
+    for limit in range(2400, 300, -1):
+        try:
+            plan = make_plan(COST, CONFIG, limit, TOGETHER)
+        except ConfigurationError:
+            break
+        assert plan.needed_mb <= limit
+        found.setdefault((plan.micro_batch, plan.spills, plan.resident), limit)
+    with pytest.raises(ConfigurationError, match=r"training all scales together takes .*end_to_end_iters 0"):
+        make_plan(COST, CONFIG, limit, TOGETHER)
+    # The work on blocks alone has room.
+    assert make_plan(COST, CONFIG, limit).needed_mb <= limit
+    # 200 are held, and a block, the tail and 8 samples are 310.
+    enough = {
+        (8, False, True): 2400,
+        (8, False, False): 200 + 310 + 700 + 900,
+        (8, True, False): 200 + 310 + 700,
+        (4, True, False): 200 + 310,
+        (2, True, False): 200 + 230,
+        (1, True, False): 200 + 190,
+    }
+    assert found.pop((8, False, True)) == enough.pop((8, False, True))
+    assert found == {choice: limit + int(slack()) - 1 for choice, limit in enough.items()}
+
+
+def test_without_a_limit_blocks_stay_where_a_quarter_of_the_machine_is_enough() -> None:
+    assert not make_plan(COST, CONFIG, None, TOGETHER).resident
+    assert make_plan(COST, CONFIG, None, TOGETHER).spills
+    small = replace(TOGETHER, blocks=50 * MB, streams=20 * MB, tail=MB, sample=MB)
+    less = replace(COST, streams=20 * MB)
+    plan = make_plan(less, CONFIG, None, small)
+    assert (plan.resident, plan.spills) == (True, False)
+    # A module in memory is there already.
+    assert not make_plan(less, CONFIG, None, replace(small, blocks=None)).resident
+    assert not make_plan(less, CONFIG, 10**6, replace(small, blocks=None)).resident
 
 
 def cost_of(model: Any, tokens: Tensor, dtype: torch.dtype = torch.float32, **fields: Any) -> BlockCost:
@@ -196,3 +238,55 @@ def test_what_is_expected_is_not_exceeded(family: str, tmp_path: Path) -> None:
     assert spills
     assert micro_batch < 8
     assert any("kept on disk" in note for note in notes)
+
+
+_TOGETHER = """
+import json, sys, torch
+import transformers
+from auto_round.quantization import _autoround
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+
+config = transformers.LlamaConfig(
+    vocab_size=20000, hidden_size=512, num_attention_heads=8, num_key_value_heads=8, intermediate_size=1536,
+    num_hidden_layers=10,
+)
+transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[1])
+plans = []
+original = _autoround.make_plan
+_autoround.make_plan = lambda *given: plans.append(original(*given)) or plans[-1]
+ids = torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(0))
+fields = dict(quality="rtn", nsamples=8, seqlen=64, end_to_end_iters=2)
+limit = 10**6
+for less in (0, 20):
+    limit -= less
+    given = {"quantization": fields, "memory": {"max_ram_mb": limit}}
+    with _autoround.AutoRound(sys.argv[1], config=given, calibration=ids, progress=False) as rounder:
+        open("/proc/self/clear_refs", "w").write("5")
+        report = rounder.quantize()
+        plan = plans[-1]
+        print(json.dumps([limit, peak(), plan.needed_mb, plan.resident, report.end_to_end.loss_after]))
+    limit = int(plan.needed_mb)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_training_all_scales_holds_no_more_blocks_than_the_limit_has_room_for(tmp_path: Path) -> None:
+    """Ten blocks of 3.4 million weights, which take 170 MB with their codes."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TOGETHER, str(tmp_path / "model")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    all_there, less = (json.loads(line) for line in done.stdout.splitlines())
+    assert all_there[3]
+    limit, peak, needed, resident, loss = less
+    assert not resident
+    assert peak <= needed <= limit
+    assert peak < all_there[1] - 40
+    assert loss == all_there[4]

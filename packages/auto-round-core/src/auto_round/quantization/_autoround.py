@@ -157,6 +157,10 @@ class AutoRound:
         if quantization.needs_calibration:
             # Else it would show after hours of work, as a block's outputs, of which no layer can be told.
             self._source.check_finite(quantization)
+        # The configuration may have changed since the start.
+        self._tail = self._tail if quantization.end_to_end_iters else None
+        if quantization.end_to_end_iters and self._tail is None:
+            self._check_end_to_end()
         tokens = self._draw_calibration()
         with ExitStack() as undo:
             workspace = self._new_workspace()

@@ -35,7 +35,7 @@ from auto_round.quantization._results import ResultStore
 from auto_round.quantization._scales import ScaledBlocks
 from auto_round.quantization._source import FloatModel
 from auto_round.quantization._streams import Stream, batches
-from auto_round.quantization._tail import Tail
+from auto_round.quantization._tail import Tail, frozen
 
 _RATE = 1e-3
 _HELD_OUT, _FEWEST_TO_HOLD_OUT = 8, 16
@@ -121,10 +121,8 @@ class EndToEnd:
             stack.callback(self._blocks.close)
             stack.callback(self._parameters_go)
             work = self._work
-            self._parameters = (
-                self._tail.load(work.device, work.dtype),
-                self._tail.load(work.device, work.dtype, self._quantized_outside()),
-            )
+            floats = self._tail.load(work.device, work.dtype)
+            self._parameters = floats, {**floats, **self._quantized_outside()}
             shape = self._wanted.shape
             self._hidden = stack.enter_context(Stream(self._places, shape, work.dtype, work.spill_folder))
             groups = [range(self._batch), *batches(self._measured, self._places)]
@@ -277,15 +275,15 @@ class EndToEnd:
             weight=weight,
         )
 
-    def _quantized_outside(self) -> dict[str, Tensor]:
-        """Return the quantised weights outside the blocks, by parameter, in the form of the model's own."""
-        found: dict[str, Tensor] = {}
+    def _quantized_outside(self) -> dict[str, nn.Parameter]:
+        """Return the quantised parameters that follow the blocks."""
+        found: dict[str, nn.Parameter] = {}
         for layer, _ in self._source.outside(self._config):
             if layer.parameter_name in self._tail.names:
                 stored = torch.empty(layer.weight.shape, dtype=self._work.dtype)
                 with layer.open(stored) as matrix:
                     matrix.copy_(self._store.read(layer.name).dequantize(matrix.dtype))
-                found[layer.parameter_name] = stored
+                found[layer.parameter_name] = frozen(stored.to(self._work.device))
         return found
 
 

@@ -55,24 +55,16 @@ class Tail:
 
     def nbytes(self, dtype: torch.dtype, tokens: int, *, copies: int = 1) -> int:
         """Return what it takes: `copies` of its parameters, and logits for a sequence of so many tokens."""
-        parameters = sum(self._parameter(name).numel() for name in self.names) * dtype.itemsize
+        sizes = [self._source.model.get_parameter(name).numel() for name in self.names]
         at_once = tokens * self.vocabulary
         if self._by_token:
             at_once = min(at_once, max(_PIECE_VALUES, self.vocabulary))
-        return copies * parameters + _COPIES * at_once * 4
+        # One that is read is there in its stored type too for a moment, before there are any logits.
+        return copies * sum(sizes) * dtype.itemsize + 4 * max(_COPIES * at_once, *sizes, 0)
 
-    def load(
-        self, device: torch.device, dtype: torch.dtype, replaced: Mapping[str, Tensor] | None = None
-    ) -> dict[str, nn.Parameter]:
-        """Return its float parameters by their full names, or what some are replaced by."""
-        values = {name: (replaced or {}).get(name) for name in self.names}
-        return {
-            name: nn.Parameter(
-                (self._source.value(name).detach() if value is None else value).to(device, dtype),
-                requires_grad=False,
-            )
-            for name, value in values.items()
-        }
+    def load(self, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+        """Return its float parameters by their full names."""
+        return {name: frozen(self._source.value(name).detach().to(device, dtype)) for name in self.names}
 
     def divergence(
         self,
@@ -91,7 +83,7 @@ class Tail:
             tokens: int64 [batch, tokens], on the CPU.
             wanted: Hidden states of the float model, [batch, tokens, width].
             hidden: Those of the quantised model.
-            parameters: From `load`, of the float model and of the quantised one.
+            parameters: Those of the float model, from `load`, and of the quantised one.
             weight: Also return the gradient of so much times the divergence.
 
         Returns:
@@ -123,9 +115,6 @@ class Tail:
         for start in range(0, batch, samples):
             for place in range(0, tokens, places):
                 yield slice(start, start + samples), slice(place, place + places)
-
-    def _parameter(self, name: str) -> Tensor:
-        return self._source.model.get_parameter(name)
 
     def _tried(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Return logits, having found how blocks return hidden states and which parameters come after."""
@@ -214,6 +203,11 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
         sum p (log p - log q) with p = softmax(target) and q = softmax(logits), fp64, in nats.
     """
     return cast("Any", _Divergence).apply(logits, target)
+
+
+def frozen(value: Tensor) -> nn.Parameter:
+    """Return a value as a parameter that takes no gradient."""
+    return nn.Parameter(value, requires_grad=False)
 
 
 class _State:
