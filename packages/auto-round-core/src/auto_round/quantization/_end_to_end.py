@@ -39,7 +39,7 @@ from auto_round.quantization._tail import Tail, frozen
 
 _RATE = 3e-3
 """On held-out samples of a small Llama of 2 bits the best of 1e-3, 3e-3 and 1e-2 after `best`; after others
-1e-2 did. Larger models want less, so it is the middle."""
+1e-2 was. Larger models were not tried."""
 _HELD_OUT, _FEWEST_TO_HOLD_OUT = 8, 16
 """Every eighth sample is held out, of at least so many; of fewer each counts for the training."""
 _LOOKS = 8
