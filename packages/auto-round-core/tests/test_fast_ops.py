@@ -205,3 +205,26 @@ def test_positions_that_rotate_otherwise_are_left_alone(monkeypatch):
     monkeypatch.setitem(globals(), "apply_rotary_pos_emb", interleaved)
     with fast_training(Rotating()):
         assert globals()["apply_rotary_pos_emb"] is interleaved
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "mistral"])
+def test_a_models_gradients_are_those_of_its_own_forward(random_model, calibration_ids, family):
+    # Norms after a layer share their incoming gradient with the residual beside them.
+    model = random_model(family)
+
+    def gradients():
+        model.zero_grad()
+        hidden = model.model(calibration_ids, use_cache=False).last_hidden_state
+        (hidden * torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)).sum().backward()
+        return {name: weight.grad for name, weight in model.model.layers.named_parameters()}
+
+    for name, weight in model.named_parameters():
+        # The gains of norms are never trained.
+        weight.requires_grad_("norm" not in name)
+    expected = gradients()
+    with fast_training(model):
+        found = gradients()
+    for name, gradient in expected.items():
+        if gradient is not None:
+            error = float((found[name] - gradient).norm() / gradient.norm())
+            assert error < 1e-4, (name, error)

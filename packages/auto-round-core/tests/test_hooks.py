@@ -430,9 +430,12 @@ def attached(model: nn.Module) -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("clean", [True, False])
-def test_removing_leaves_the_model_as_it_was(saved: Callable[[str], tuple[Path, Any]], clean: bool) -> None:
-    folder, expected = saved("llama")
+def test_removing_leaves_the_model_as_it_was(
+    saved: Callable[[str], tuple[Path, Any]], clean: bool, family: str
+) -> None:
+    folder, expected = saved(family)
     model: Any = empty_model(folder)
     before = attached(model)
     parameters = dict(model.named_parameters())

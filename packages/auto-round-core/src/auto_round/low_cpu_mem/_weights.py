@@ -245,7 +245,8 @@ class ModelWeights:
         for alias in aliases if len(aliases) > 1 else ():
             owner, _, name = alias.rpartition(".")
             tensor = cast("Tensor", getattr(self.model.get_submodule(owner), name))
-            if tensor.device == device and tensor.dtype == dtype:
+            held = not isinstance(tensor, StreamedWeight)
+            if held and tensor.device == device and tensor.dtype == dtype:
                 return tensor
         return None
 

@@ -144,7 +144,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
         x, weight, factor = ctx.saved_tensors
-        wide, grad = x.float(), grads[0].float().mul_(weight)
+        # The incoming gradient may belong to others too, and `float` makes no copy of fp32.
+        wide, grad = x.float(), grads[0].float() * weight
         along = (grad * wide).sum(-1, keepdim=True).mul_(factor.square()).div_(x.shape[-1])
         return grad.addcmul_(wide, along, value=-1).mul_(factor).to(x.dtype), None, None
 

@@ -40,7 +40,7 @@ class Tail:
         self.names: tuple[str, ...] = ()
         """Full names of the parameters that it uses."""
         ids = torch.zeros((1, _TRIED_TOKENS), dtype=torch.int64)
-        with _with_its_parameters(source.model), source.callable_head(), torch.no_grad():
+        with source.callable_head(), torch.no_grad():
             given, _ = Capture(source.model, list(source.blocks)).run(ids)
             hidden = torch.randn(given.shape, generator=torch.Generator().manual_seed(0)).to(given)
             whole = self._tried(ids, hidden)
@@ -221,25 +221,6 @@ def _noting(used: list[nn.Module], state: _State) -> Any:
             used.append(module)
 
     return note
-
-
-@contextmanager
-def _with_its_parameters(model: nn.Module) -> Generator[None]:
-    """Have a model leave with the parameters with which it came.
-
-    A small head that is tied to an embedding may come back from loading with what stands for the embedding.
-    """
-    held = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-    ]
-    try:
-        yield
-    finally:
-        for module, name, parameter in held:
-            if getattr(module, name) is not parameter:
-                setattr(module, name, parameter)
 
 
 @contextmanager
