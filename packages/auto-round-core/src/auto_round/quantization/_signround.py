@@ -1,8 +1,8 @@
 """SignRound for integers: rounding offsets and clipping learned by the sign of their gradients.
 
 Source: Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs"
-(arXiv 2309.05516). Of a weight `w` in a group with the range `low <= 0 <= high` it trains an offset `V` for
-each value and two factors in [0, 1] for each group:
+(arXiv 2309.05516). Of a weight `w` in a group with the range `low <= 0 <= high` it trains an offset `V` in
+[-0.5, 0.5] for each value and two factors in [0, 1] for each group:
 
     scale, zero = range_to_scale(low * a, high * b)
     q = clamp(round(w / scale + V), least, most)          centred codes; the weight becomes scale * q
@@ -10,6 +10,10 @@ each value and two factors in [0, 1] for each group:
 The gradients of these few formulas are written out here, with the straight-through estimator for rounding.
 They are worked out together with the step and the next weight in one pass over pieces that stay in the
 processor's cache, so that a step costs a few reads of the weights and no graph of autograd.
+
+Offsets step by the sign only where a gradient is large among those of its group, and by less in proportion
+below: a weight on which the loss hardly depends would else walk at random by full steps, and end on another
+code for nothing, which costs most on texts that are not like the calibration.
 """
 
 from __future__ import annotations
@@ -22,6 +26,11 @@ from auto_round.quantization._grouping import grouped
 from auto_round.quantization._integers import asymmetric_scale, group_range, symmetric_scale
 from auto_round.quantization._pieces import Scratch, WeightRows
 from auto_round.quantization._quantized import QuantizedWeight
+
+_FULL_STEP = 1.5
+"""The sign counts whole from so many times the mean magnitude of a group's gradients on."""
+_REACH = 0.5
+_TINY = 1e-30
 
 
 class IntegerSignRound:
@@ -94,8 +103,9 @@ class IntegerSignRound:
             grad.mul_(unclipped)
             if clipped is not None:
                 clipped -= grad.sum(-1)
-            torch.sign(grad, out=grad).mul_(self._scale_RG[rows].sign().unsqueeze(-1))
-            self._offset_RGK[rows].add_(grad, alpha=-factor * self._rate)
+            size = torch.abs(grad, out=unclipped).mean(-1).mul_(_FULL_STEP).add_(_TINY)
+            grad.mul_((self._scale_RG[rows].sign() / size).unsqueeze(-1)).clamp_(-1, 1)
+            self._offset_RGK[rows].add_(grad, alpha=-factor * self._rate).clamp_(-_REACH, _REACH)
             self._step_range(rows, by_scale, clipped, factor * self._range_rate)
             code, _, _ = self._round(w, rows)
             self._write_piece(target, rows, code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ class Tuned:
     loss_before: float
     """Mean squared error of the block's output over all samples, rounded to nearest."""
     best_step: int
-    """The step whose parameters were kept, counted from 0."""
+    """The step whose parameters were kept, counted from 0: that with the least mean loss of the batches up to
+    it, as many as hold all samples."""
     losses: tuple[float, ...]
     """Of each step's batch, before the step, as a share of what rounding to nearest loses on that batch."""
 
@@ -121,6 +123,8 @@ def tune_block(
     best, best_step, losses = 1.0, 0, list[float]()
     order = _Order(samples, min(config.batch_size * config.gradient_accumulate_steps, samples), seed)
     state = _StepState()
+    # One batch is easier than another, so steps are judged by as many as hold all samples.
+    recent = deque[float](maxlen=order.batches)
 
     with ExitStack() as stack:
         stack.enter_context(fast_training(block))
@@ -140,15 +144,17 @@ def tune_block(
                 del target
                 loss += float(error.detach())
                 state.last = index == len(parts) - 1
-                state.keep = state.last and loss < best
+                if state.last:
+                    recent.append(loss)
+                    state.keep = sum(recent) < best * len(recent)
                 error.backward()  # pyright: ignore[reportUnknownMemberType] - torch's annotation
             if not math.isfinite(loss):
                 raise QuantizationError(
                     f"the loss of the block of {layers[0][0].name} is {loss} at step {step}; set a smaller "
                     "quantization.lr."
                 )
-            if loss < best:
-                best, best_step = loss, step
+            if state.keep:
+                best, best_step = sum(recent) / len(recent), step
             losses.append(loss)
             if on_step is not None:
                 on_step(step, loss)
@@ -178,14 +184,15 @@ def make_tuner(
             rate=rate or _BEST_RATE,
             scale_rate=config.minmax_lr or rate or _BEST_SCALE_RATE,
         )
-    if rate is None:
-        rate = 1 / max(1, config.iters)
-        if config.iters >= _MANY_ITERS and settings.bits <= _FEW_BITS:
-            rate *= 2
-    rates = {"rate": rate, "range_rate": config.minmax_lr or rate}
+    usual = 1 / max(1, config.iters)
+    if config.iters >= _MANY_ITERS and settings.bits <= _FEW_BITS:
+        usual *= 2
+    range_rate = config.minmax_lr or rate or usual
     if settings.weight_dtype == "int":
-        return IntegerSignRound(weight, settings, scale_dtype, scratch, **rates)
-    return FloatSignRound(weight[:], settings, **rates)
+        # Twice the paper's: most offsets take less than whole steps here, and all end within their range.
+        rate = rate or 2 / max(1, config.iters)
+        return IntegerSignRound(weight, settings, scale_dtype, scratch, rate=rate, range_rate=range_rate)
+    return FloatSignRound(weight[:], settings, rate=rate or usual, range_rate=range_rate)
 
 
 def _schedule(quality: str, step: int, steps: int) -> float:
@@ -251,6 +258,8 @@ class _Order:
     def __init__(self, samples: int, batch: int, seed: str) -> None:
         self._left: list[int] = []
         self._samples, self._batch, self._random = samples, batch, random.Random(seed)  # noqa: S311
+        self.batches = samples // batch
+        """Until a new order begins."""
 
     def next(self) -> list[int]:
         if len(self._left) < self._batch:
