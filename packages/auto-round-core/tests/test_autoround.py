@@ -144,8 +144,8 @@ def test_a_matrix_worked_out_by_hand(quick: Quick) -> None:
     [
         {"quality": "signround"},
         {"quality": "signround", "symmetric": False, "bits": 2},
-        {"quality": "best", "bits": 4},
-        {"quality": "best", "symmetric": False},
+        {"quality": "best", "bits": 4, "end_to_end_iters": 0},
+        {"quality": "best", "symmetric": False, "end_to_end_iters": 0},
         {"weight_dtype": "mxfp4", "bits": None, "group_size": None},
         {"weight_dtype": "nvfp4", "bits": None, "group_size": None},
         {"weight_dtype": "fp8", "bits": None, "group_size": None},

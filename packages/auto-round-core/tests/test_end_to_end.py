@@ -411,12 +411,44 @@ def test_it_is_off_unless_asked_for(
     monkeypatch.setattr(_autoround, "Tail", None)
     monkeypatch.setattr(EndToEnd, "run", None)
     usual = QuantizationConfig()
-    assert (usual.end_to_end_iters, usual.end_to_end_lr) == (0, None)
+    assert (usual.end_to_end_iters, usual.end_to_end_lr) == (None, None)
+    assert usual.end_to_end_steps == 0
     assert not QuantizationConfig(quality="rtn").needs_calibration
     assert QuantizationConfig(quality="rtn", end_to_end_iters=1).needs_calibration
     rounder = quick(random_model("llama"), data=None, end_to_end_iters=0)
     assert rounder.report.end_to_end is None
     assert rounder.report.to_dict()["end_to_end"] is None
+
+
+def test_best_has_it_where_it_can_be_had(
+    random_model: Callable[..., Any], quick: Callable[..., AutoRound]
+) -> None:
+    fields = {"quality": "best", "iters": 3, "end_to_end_iters": None}
+    assert QuantizationConfig(quality="best", iters=100).end_to_end_steps == 33
+    assert QuantizationConfig(quality="best", weight_dtype="fp8").end_to_end_steps == 0
+    llama = random_model("llama")
+    assert len(quick(llama, **fields).report.end_to_end.step_losses) == 1
+    assert quick(llama, **{**fields, "end_to_end_iters": 0}).report.end_to_end is None
+    assert quick(random_model("llama").model, **fields).report.end_to_end is None
+
+
+def test_best_goes_without_it_where_memory_has_no_room(
+    random_model: Callable[..., Any], quick: Callable[..., AutoRound], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = _autoround.make_plan
+
+    def tight(cost: Any, config: Any, limit: Any, together: Any = None) -> Any:
+        if together is not None:
+            raise ConfigurationError("too large")
+        return plan(cost, config, limit)
+
+    monkeypatch.setattr(_autoround, "make_plan", tight)
+    fields = {"quality": "best", "iters": 3, "memory": {"max_ram_mb": 100_000}}
+    report = quick(random_model("llama"), **fields, end_to_end_iters=None).report
+    assert report.end_to_end is None
+    assert any("Scales are not trained together" in note for note in report.notes)
+    with pytest.raises(ConfigurationError, match="too large"):
+        quick(random_model("llama"), **fields, end_to_end_iters=1)
 
 
 def test_it_can_be_turned_on_and_off_later(

@@ -116,9 +116,10 @@ class QuantizationConfig(Area):
     """Sequences for each forward pass of the training."""
     gradient_accumulate_steps: int = 1
     """Forward passes for each step."""
-    end_to_end_iters: int = 0
+    end_to_end_iters: int | None = None
     """Steps of training of all scales together, against the float model's predictions of the next token, once
-    all blocks are done; 0 for none. With integers only."""
+    all blocks are done; 0 for none. With integers only. None means a third of `iters` with best, if the model
+    predicts tokens and `memory.max_ram_mb` leaves room for it, and else none."""
     end_to_end_lr: float | None = None
     """Learning rate of that, relative to the scale; None means what is usual."""
     calibration: str = "user"
@@ -148,7 +149,9 @@ class QuantizationConfig(Area):
         self._check_choice("scale_dtype", ("float16", "bfloat16", "float32"))
         self._check_choice("quality", ("rtn", "optimized_rtn", "signround", "best"))
         self._check_choice("calibration", ("user", "self", "mixed"))
-        self._check_int("iters", "end_to_end_iters", least=0)
+        self._check_int("iters", least=0)
+        if self.end_to_end_iters is not None:
+            self._check_int("end_to_end_iters", least=0)
         self._check_int("nsamples", "seqlen", "batch_size", "gradient_accumulate_steps", least=1)
         self._check_int("seed", least=0, most=2**32 - 1)
         self._check_rate("lr", "minmax_lr", "end_to_end_lr")
@@ -197,8 +200,15 @@ class QuantizationConfig(Area):
             self.trains
             or self.has_static_activations
             or self.quality == "optimized_rtn"
-            or self.end_to_end_iters > 0
+            or self.end_to_end_steps > 0
         )
+
+    @property
+    def end_to_end_steps(self) -> int:
+        """Steps of training of all scales together, where that can be done."""
+        if self.end_to_end_iters is not None:
+            return self.end_to_end_iters
+        return self.iters // 3 if self.quality == "best" and self.weight_dtype == "int" else 0
 
     def names(self, name: str) -> bool:
         """Return whether `layer_config` has a key for the layer of this full name."""

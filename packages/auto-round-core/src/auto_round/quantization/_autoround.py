@@ -158,9 +158,10 @@ class AutoRound:
             # Else it would show after hours of work, as a block's outputs, of which no layer can be told.
             self._source.check_finite(quantization)
         # The configuration may have changed since the start.
-        self._tail = self._tail if quantization.end_to_end_iters else None
-        if quantization.end_to_end_iters and self._tail is None:
-            self._check_end_to_end()
+        if not quantization.end_to_end_steps:
+            self._tail = None
+        elif self._tail is None:
+            self._find_tail()
         tokens = self._draw_calibration()
         with ExitStack() as undo:
             workspace = self._new_workspace()
@@ -291,8 +292,17 @@ class AutoRound:
                 "quantization.quality to 'rtn', which needs none"
                 f"{' without end_to_end_iters' if quantization.end_to_end_iters else ''}."
             )
-        if quantization.end_to_end_iters:
+        if quantization.end_to_end_steps:
+            self._find_tail()
+
+    def _find_tail(self) -> None:
+        """Find what follows the blocks, by which scales are trained together."""
+        try:
             self._check_end_to_end()
+        except ConfigurationError:
+            # What is usual only, such as for a model that predicts no tokens, is left out.
+            if self.config.quantization.end_to_end_iters is not None:
+                raise
 
     def _check_end_to_end(self) -> None:
         blocks = zip(self._source.blocks, self._source.block_names, strict=True)
@@ -372,7 +382,16 @@ class AutoRound:
                 sample_shape=tuple(hidden.shape[1:]),
                 dtype=dtype,
             )
-        plan = make_plan(cost, quantization, limit, together)
+        try:
+            plan = make_plan(cost, quantization, limit, together)
+        except ConfigurationError:
+            if together is None or quantization.end_to_end_iters is not None:
+                raise
+            plan = make_plan(cost, quantization, limit)
+            self._tail = None
+            report.notes.append(
+                f"Scales are not trained together, which takes more than the {limit} MB of memory.max_ram_mb."
+            )
         if plan.spills:
             report.notes.append(f"Activations between blocks are kept on disk, in {workspace}.")
         if plan.micro_batch < quantization.batch_size:

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from auto_round.config_manager import LayerSettings, QuantizationConfig
 from auto_round.quantization._compute import scale_dtype_of
 from auto_round.quantization._experts import FewShapes
+from auto_round.quantization._fast_ops import fast_training
 from auto_round.quantization._grouping import grouped, row_chunks
 from auto_round.quantization._inputs import rounded_inputs
 from auto_round.quantization._integers import least_scale
@@ -139,6 +140,7 @@ class ScaledBlocks:
                 stack.callback(attach(one.gather).remove)
             stack.enter_context(torch.enable_grad())
             stack.enter_context(FewShapes())
+            stack.enter_context(fast_training(block.module))
             stack.enter_context(self._rounding(index, block))
             yield block
 

@@ -27,7 +27,7 @@ from auto_round.quantization._signround import IntegerSignRound
 from auto_round.quantization._streams import Stream, batches
 
 _MANY_ITERS, _FEW_BITS = 1000, 3
-_BEST_RATE, _BEST_SCALE_RATE = 2e-2, 1e-2
+_BEST_RATE = 5e-3
 
 
 class Tuner(Protocol):
@@ -182,7 +182,7 @@ def make_tuner(
             scale_dtype,
             scratch,
             rate=rate or _BEST_RATE,
-            scale_rate=config.minmax_lr or rate or _BEST_SCALE_RATE,
+            scale_rate=config.minmax_lr or rate or _BEST_RATE,
         )
     usual = 1 / max(1, config.iters)
     if config.iters >= _MANY_ITERS and settings.bits <= _FEW_BITS:

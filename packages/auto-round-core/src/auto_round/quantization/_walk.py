@@ -120,7 +120,7 @@ class Walk:
 
     def _end_to_end(self, tail: Tail, wanted: Stream) -> None:
         assert self._tokens is not None  # noqa: S101 - there is a stream
-        steps = self._config.end_to_end_iters
+        steps = self._config.end_to_end_steps
         report = EndToEnd(
             self._source,
             self._config,
