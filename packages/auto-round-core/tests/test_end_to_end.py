@@ -14,9 +14,10 @@ from auto_round.config_manager import QuantizationConfig
 from auto_round.exceptions import AutoRoundError, CalibrationError, ConfigurationError, ExportError
 from auto_round.quantization import _autoround, _end_to_end, _plan
 from auto_round.quantization._end_to_end import EndToEnd, split
+from auto_round.quantization._growth import grown_scale
 from auto_round.quantization._layers import find_layers
 from auto_round.quantization._quantized import QuantizedWeight
-from auto_round.quantization._scales import ScaledBlocks, grown_scale
+from auto_round.quantization._scales import ScaledBlocks
 from auto_round.quantization._source import open_model
 from auto_round.quantization._tail import Tail, divergence
 from hypothesis import given, settings

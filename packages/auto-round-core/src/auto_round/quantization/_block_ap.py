@@ -22,13 +22,11 @@ from torch import Tensor
 
 from auto_round.config_manager import LayerSettings
 from auto_round.quantization._grouping import grouped
-from auto_round.quantization._integers import asymmetric_scale, group_range, least_scale, symmetric_scale
+from auto_round.quantization._growth import FIRST, SECOND, TINY, grown_scale, step_growth
+from auto_round.quantization._integers import asymmetric_scale, group_range, symmetric_scale
 from auto_round.quantization._pieces import Scratch
 from auto_round.quantization._quantized import QuantizedWeight
 
-_FIRST, _SECOND = 0.9, 0.999
-"""Adam's memory of the gradient and of its square."""
-_TINY = 1e-30
 _REACH = 0.49
 """How far beyond the last code a weight may go; half would round to the next, which is none."""
 
@@ -99,8 +97,8 @@ class IntegerBlockAP:
         self._steps += 1
         by_scale_RG = torch.empty_like(self._scale_RG)
         sign_RG1 = self._scale_RG.sign().unsqueeze(-1)
-        root = math.sqrt(1 - _SECOND**self._steps)
-        rate = factor * self._rate / (1 - _FIRST**self._steps)
+        root = math.sqrt(1 - SECOND**self._steps)
+        rate = factor * self._rate / (1 - FIRST**self._steps)
         for rows in self._scratch.pieces(self._u_RGK):
             code = self._round(rows)
             if keep:
@@ -112,9 +110,9 @@ class IntegerBlockAP:
             # to such a factor; its sign is what counts.
             grad.mul_(sign_RG1[rows])
             mean, square, u = self._mean_RGK[rows], self._square_RGK[rows], self._u_RGK[rows]
-            mean.lerp_(grad, 1 - _FIRST)
-            square.mul_(_SECOND).addcmul_(grad, grad, value=1 - _SECOND)
-            size = torch.sqrt(square, out=code).div_(root).add_(_TINY)
+            mean.lerp_(grad, 1 - FIRST)
+            square.mul_(SECOND).addcmul_(grad, grad, value=1 - SECOND)
+            size = torch.sqrt(square, out=code).div_(root).add_(TINY)
             u.addcdiv_(mean, size, value=-rate)
             self._hold(rows)
         if keep:
@@ -156,12 +154,12 @@ class IntegerBlockAP:
         target[rows].copy_(code.view(len(code), -1))
 
     def _step_scale(self, gradient_RG: Tensor, factor: float) -> None:
-        self._growth_mean_RG.lerp_(gradient_RG, 1 - _FIRST)
-        self._growth_square_RG.mul_(_SECOND).addcmul_(gradient_RG, gradient_RG, value=1 - _SECOND)
-        size = self._growth_square_RG.sqrt().div_(math.sqrt(1 - _SECOND**self._steps)).add_(_TINY)
-        rate = factor * self._scale_rate / (1 - _FIRST**self._steps)
-        self._growth_RG.addcdiv_(self._growth_mean_RG, size, value=-rate).clamp_(-0.5, 1)
-        scale = (self._start_RG * (1 + self._growth_RG)).to(self._scale_dtype).float()
-        # Neither nothing nor more than the dtype holds, whatever the training asks for.
-        least, most = least_scale(self._scale_dtype), torch.finfo(self._scale_dtype).max
-        self._scale_RG = scale.abs().clamp_(least, most).mul_(self._start_RG.sign())
+        step_growth(
+            self._growth_RG,
+            self._growth_mean_RG,
+            self._growth_square_RG,
+            gradient_RG,
+            rate=factor * self._scale_rate,
+            count=self._steps,
+        )
+        self._scale_RG = grown_scale(self._start_RG, self._growth_RG, self._scale_dtype).float()

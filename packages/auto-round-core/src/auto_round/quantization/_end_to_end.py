@@ -17,9 +17,8 @@ Layers outside the blocks stay as they are rounded; one before the blocks counts
 from __future__ import annotations
 
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from typing import Protocol
 
@@ -34,7 +33,7 @@ from auto_round.quantization._report import EndToEndReport
 from auto_round.quantization._results import ResultStore
 from auto_round.quantization._scales import ScaledBlocks
 from auto_round.quantization._source import FloatModel
-from auto_round.quantization._streams import Stream, batches
+from auto_round.quantization._streams import Stream, batches, random_batches
 from auto_round.quantization._tail import Tail, frozen
 
 _RATE = 5e-3
@@ -156,7 +155,7 @@ class EndToEnd:
                 "model's overflow or are NaN. Set quantization.end_to_end_iters to 0 to keep the blocks as "
                 "they are."
             )
-        order = _order(self._training, self._batch, f"{self._config.seed}:end to end")
+        order = random_batches(self._training, self._batch, f"{self._config.seed}:end to end")
         rate = self._config.end_to_end_lr or _RATE
         apart = -(-steps // _LOOKS)
         for step in range(steps):
@@ -299,12 +298,3 @@ def split(samples: int) -> tuple[list[int], list[int]]:
         return every, every
     held = every[_HELD_OUT - 1 :: _HELD_OUT]
     return [one for one in every if one not in set(held)], held
-
-
-def _order(samples: Sequence[int], batch: int, seed: str) -> Iterator[list[int]]:
-    """Yield batches without end: all in a random order, and in a new one when fewer than a batch are left."""
-    shuffled, generator = list(samples), random.Random(seed)  # noqa: S311
-    while True:
-        generator.shuffle(shuffled)
-        for start in range(0, len(shuffled) - batch + 1, batch):
-            yield shuffled[start : start + batch]

@@ -1,13 +1,8 @@
-"""Blocks that are quantised already, and whose scales are trained while their codes stay.
-
-A scale is `start * (1 + growth)`, rounded to the type in which it is stored; `growth` is trained by Adam, and
-the gradient passes the rounding as if there were none.
-"""
+"""Blocks that are quantised already, and whose scales are trained while their codes stay."""
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,17 +18,14 @@ from auto_round.quantization._compute import scale_dtype_of
 from auto_round.quantization._experts import FewShapes
 from auto_round.quantization._fast_ops import fast_training
 from auto_round.quantization._grouping import grouped, row_chunks
+from auto_round.quantization._growth import grown_scale, step_growth
 from auto_round.quantization._inputs import rounded_inputs
-from auto_round.quantization._integers import least_scale
 from auto_round.quantization._layers import Layer
 from auto_round.quantization._quantized import QuantizedWeight
 from auto_round.quantization._results import ResultStore
 from auto_round.quantization._source import FloatModel, block_layers
 from auto_round.quantization._streams import Stream
 
-_FIRST, _SECOND = 0.9, 0.999
-"""Adam's memory of the gradient and of its square."""
-_TINY = 1e-30
 _GROWTH, _MEAN, _SQUARE, _BEST = range(4)
 STATE_BYTES = 4 * 4
 """For each scale: growth, Adam's two averages, and the best growth so far, in fp32."""
@@ -161,10 +153,7 @@ class ScaledBlocks:
             if one.gradient is not None:
                 gradient[one.state] = one.gradient.mul_(one.weight.scale).flatten()
                 one.gradient = None
-        mean.lerp_(gradient, 1 - _FIRST)
-        square.mul_(_SECOND).addcmul_(gradient, gradient, value=1 - _SECOND)
-        size = square.sqrt().div_(math.sqrt(1 - _SECOND**count)).add_(_TINY)
-        growth.addcdiv_(mean, size, value=-rate / (1 - _FIRST**count)).clamp_(-0.5, 1)
+        step_growth(growth, mean, square, gradient, rate=rate, count=count)
         state.write((_GROWTH, _MEAN, _SQUARE), torch.stack((growth, mean, square)))
         if self._resident:
             for one in block.trained:
@@ -245,17 +234,6 @@ class ScaledBlocks:
         if not block.layers:
             return nullcontext()
         return rounded_inputs(block.layers, self._config, self._ranges.get(index))
-
-
-def grown_scale(start: Tensor, growth: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Return `start * (1 + growth)` as it is stored, in `start`'s shape.
-
-    Neither nothing nor more than the type holds, and of the sign that `start` has.
-    """
-    start = start.float()
-    scale = (start * (1 + growth.view(start.shape))).to(scale_dtype).float()
-    least, most = least_scale(scale_dtype), torch.finfo(scale_dtype).max
-    return scale.abs().clamp_(least, most).mul_(start.sign()).to(scale_dtype)
 
 
 def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:

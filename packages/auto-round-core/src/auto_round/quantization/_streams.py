@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,16 @@ def batches(samples: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     """Yield the samples, at most `size` at a time."""
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
+
+
+def random_batches(samples: Sequence[int], size: int, seed: str) -> Iterator[list[int]]:
+    """Yield batches without end: all in a random order, and in a new one when fewer than `size` are left."""
+    generator = random.Random(seed)  # noqa: S311
+    while True:
+        shuffled = list(samples)
+        generator.shuffle(shuffled)
+        for start in range(0, len(shuffled) - size + 1, size):
+            yield shuffled[start : start + size]
 
 
 class Stream:

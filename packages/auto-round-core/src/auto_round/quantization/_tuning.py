@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ from auto_round.quantization._layers import Layer
 from auto_round.quantization._pieces import Scratch, WeightRows
 from auto_round.quantization._quantized import QuantizedWeight
 from auto_round.quantization._signround import IntegerSignRound
-from auto_round.quantization._streams import Stream, batches
+from auto_round.quantization._streams import Stream, batches, random_batches
 
 _MANY_ITERS, _FEW_BITS = 1000, 3
 _BEST_RATE = 5e-3
@@ -121,10 +120,11 @@ def tune_block(
     base.clamp_(min=max(loss_before * 1e-6, 1e-30))
 
     best, best_step, losses = 1.0, 0, list[float]()
-    order = _Order(samples, min(config.batch_size * config.gradient_accumulate_steps, samples), seed)
+    size = min(config.batch_size * config.gradient_accumulate_steps, samples)
+    order = random_batches(range(samples), size, seed)
     state = _StepState()
     # One batch is easier than another, so steps are judged by as many as hold all samples.
-    recent = deque[float](maxlen=order.batches)
+    recent = deque[float](maxlen=samples // size)
 
     with ExitStack() as stack:
         stack.enter_context(fast_training(block))
@@ -132,7 +132,7 @@ def tune_block(
             attach = cast("Callable[[object], RemovableHandle]", leaf.register_post_accumulate_grad_hook)  # pyright: ignore
             stack.callback(attach(_stepper(layer, tuner, state)).remove)
         for step in range(config.iters):
-            batch = order.next()
+            batch = next(order)
             parts = list(batches(batch, micro_batch))
             share = float(base[batch].mean()) * len(batch)
             state.factor = _schedule(config.quality, step, config.iters)
@@ -250,20 +250,3 @@ def _stepper(layer: Layer, tuner: Tuner, state: _StepState) -> Callable[[Tensor]
         leaf.grad = None
 
     return hook
-
-
-class _Order:
-    """Draws batches: all samples in a random order, and in a new one when fewer than a batch are left."""
-
-    def __init__(self, samples: int, batch: int, seed: str) -> None:
-        self._left: list[int] = []
-        self._samples, self._batch, self._random = samples, batch, random.Random(seed)  # noqa: S311
-        self.batches = samples // batch
-        """Until a new order begins."""
-
-    def next(self) -> list[int]:
-        if len(self._left) < self._batch:
-            self._left = list(range(self._samples))
-            self._random.shuffle(self._left)
-        batch, self._left = self._left[: self._batch], self._left[self._batch :]
-        return batch
