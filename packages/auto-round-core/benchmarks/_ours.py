@@ -45,6 +45,7 @@ def main() -> None:
             "seqlen": rows.shape[1],
             "batch_size": 8,
             "seed": cell["seed"],
+            "compile": None if cell["compile"] else False,
         },
         export={"export_format": "fake"},
     )

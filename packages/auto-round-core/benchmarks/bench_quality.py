@@ -84,7 +84,13 @@ def main() -> None:
     with ThreadPoolExecutor(max_workers=arguments.jobs) as pool:
         runs = [
             pool.submit(
-                run_cell, cell, model, folder, python, made_with[python], compiled=arguments.peer_compile
+                run_cell,
+                cell,
+                model,
+                folder,
+                python,
+                made_with[python],
+                compiled=python is None or arguments.peer_compile,
             )
             for cell in wanted
             if not files[cell.name].is_file()

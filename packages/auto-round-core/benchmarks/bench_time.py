@@ -1,8 +1,8 @@
-"""CPU seconds that tuning takes: ours, Intel's auto-round as it ships (compiled) and without compiling.
+"""CPU seconds that tuning takes: ours and Intel's auto-round, as they ship (compiled) and without compiling.
 
 The same small Llama, windows and 200 iterations, one thread; rounds interleaved, each in fresh processes.
 What counts begins before ``AutoRound(...)`` and ends after ``quantize()``: imports and saving are left out on
-both sides, and so is reading the model on Intel's alone. Intel's first compiled run, which fills the
+both sides, and so is reading the model on Intel's alone. The first compiled run of each, which fills the
 compiler's cache, is shown by itself and does not enter the median. Run with
 ``AV_DATA=... make bench P=auto-round-core``.
 """
@@ -22,9 +22,10 @@ from _cells import Cell, intel_python, quantize, versions
 from _small_llama import data_folder, default_work, prepare
 from measuring import environment, table, write_results
 
-VARIANTS = {"ours": ("ours-200", False), "ours, best": ("ours-best", False),
-            "Intel, compiled": ("intel-200", True), "Intel, eager": ("intel-200", False)}  # fmt: skip
-"""Name, method and whether Intel's package compiles."""
+VARIANTS = {"ours": ("ours-200", True), "Intel, compiled": ("intel-200", True),
+            "ours, eager": ("ours-200", False), "Intel, eager": ("intel-200", False),
+            "ours, best": ("ours-best", True)}  # fmt: skip
+"""Name, method and whether it compiles."""
 
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:

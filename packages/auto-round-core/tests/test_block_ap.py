@@ -71,7 +71,8 @@ def test_weights_beyond_the_codes_come_back():
         tuner.step(gradient, written, 1.0, keep=False)
     # All weights were pushed down as far as the codes reach, the clipped ones too.
     assert torch.equal(written, torch.full_like(w, float(written.min())))
-    assert written.min() == -tuner._scale_RG.abs().item() * (2 if tuner._scale_RG.item() > 0 else 1)
+    scale = tuner.result().scale.item()
+    assert written.min() == -abs(scale) * (2 if scale > 0 else 1)
 
 
 def test_scales_stay_within_what_can_be_stored():

@@ -133,6 +133,7 @@ def cost_of(model: Any, tokens: Tensor, dtype: torch.dtype = torch.float32, **fi
         sample_shape=tuple(hidden.shape[1:]),
         dtype=dtype,
         trains=config.quality in ("signround", "best"),
+        compiles=False,
         gives_rows=source.gives_rows,
     )
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from auto_round.config_manager import LayerSettings, QuantizationConfig
+from auto_round.quantization._block_loss import sample_errors
 from auto_round.quantization._float_signround import FloatSignRound
 from auto_round.quantization._integers import (
     asymmetric_scale,
@@ -13,7 +14,7 @@ from auto_round.quantization._integers import (
 from auto_round.quantization._pieces import Scratch
 from auto_round.quantization._rtn import quantize_rtn
 from auto_round.quantization._signround import IntegerSignRound
-from auto_round.quantization._tuning import make_tuner, sample_errors
+from auto_round.quantization._tuning import make_tuner
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -187,7 +188,7 @@ def test_rates_follow_the_recipe():
         gradient = torch.ones_like(w)
         gradient[:, ::8] = 100
         tuner.step(gradient, torch.empty_like(w), 1.0, keep=False)
-        return float(tuner._offset_RGK.abs().max()), float((1 - tuner._high_factor_RG).abs().max())
+        return float(tuner._all.offset_NK.abs().max()), float((1 - tuner._all.high_factor_N).abs().max())
 
     assert moved(4, iters=200) == pytest.approx((2 / 200, 1 / 200))
     assert moved(3, iters=200) == pytest.approx((2 / 200, 1 / 200))

@@ -122,6 +122,9 @@ class QuantizationConfig(Area):
     predicts tokens and `memory.max_ram_mb` leaves room for it, and else none."""
     end_to_end_lr: float | None = None
     """Learning rate of that, relative to the scale; None means what is usual."""
+    compile: bool | None = None
+    """Have torch.compile make the steps of training faster. That needs a C++ compiler and some 350 MB; None
+    means where there is one, the work is long enough to gain by it and `memory.max_ram_mb` is not set."""
     calibration: str = "user"
     """Whose text: the user's, self (written by the float model), or mixed (half and half)."""
     layer_config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
@@ -150,6 +153,8 @@ class QuantizationConfig(Area):
         self._check_choice("quality", ("rtn", "optimized_rtn", "signround", "best"))
         self._check_choice("calibration", ("user", "self", "mixed"))
         self._check_int("iters", least=0)
+        if self.compile is not None:
+            self._check_flags("compile")
         if self.end_to_end_iters is not None:
             self._check_int("end_to_end_iters", least=0)
         self._check_int("nsamples", "seqlen", "batch_size", "gradient_accumulate_steps", least=1)

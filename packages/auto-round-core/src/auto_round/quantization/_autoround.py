@@ -20,6 +20,7 @@ from auto_round.export import check_export, check_folder, export_model
 from auto_round.low_cpu_mem._empty import import_transformers
 from auto_round.quantization._calibration_choice import calibration_sequences
 from auto_round.quantization._capture import Call, Capture
+from auto_round.quantization._compiled import missing_compiler
 from auto_round.quantization._compute import choose_device, choose_dtype
 from auto_round.quantization._plan import (
     Means,
@@ -37,6 +38,8 @@ from auto_round.quantization._tail import Tail
 from auto_round.quantization._walk import Walk
 from auto_round.report import save_html
 
+_WORTH_COMPILING = 1e9
+"""Steps of single weights that take as long as the compiler does; torch's own memory grows by it too."""
 _REPORT_JSON, _REPORT_HTML = "quantization_report.json", "quantization_report.html"
 
 
@@ -347,13 +350,21 @@ class AutoRound:
         quantization, limit = self.config.quantization, self.config.memory.max_ram_mb
         device = choose_device(self.config.device)
         dtype = choose_dtype(device)
+        compiles = self._compiles(device)
         if limit is not None:
             report.notes.append(f"Allocator: {tune_allocator().reason}.")
         if device.type == "cuda" or tokens is None:
             most = self.config.memory.gpu_batch_size if device.type == "cuda" else quantization.batch_size
             micro = min(quantization.batch_size, most)
             resident = self._tail is not None and fits_on_gpu(self._source, device, dtype)
-            return Means(device=device, dtype=dtype, micro_batch=micro, spill_folder=None, resident=resident)
+            return Means(
+                device=device,
+                dtype=dtype,
+                micro_batch=micro,
+                spill_folder=None,
+                resident=resident,
+                compiles=compiles,
+            )
         with self._source.callable_head():
             hidden, calls = Capture(self._source.model, list(self._source.blocks)).run(tokens[:1])
         costs = [
@@ -366,6 +377,7 @@ class AutoRound:
                 sample_shape=tuple(hidden.shape[1:]),
                 dtype=dtype,
                 trains=quantization.trains,
+                compiles=compiles,
                 gives_rows=self._source.gives_rows,
             )
             for block, name, call in self._one_of_each(calls)
@@ -406,7 +418,26 @@ class AutoRound:
             spill_folder=spill_folder(workspace, plan),
             keeps_heap=plan.keeps_heap,
             resident=plan.resident,
+            compiles=compiles,
         )
+
+    def _compiles(self, device: torch.device) -> bool:
+        """Return whether steps are compiled: as was asked for, or where it saves more than it costs."""
+        quantization = self.config.quantization
+        if not quantization.trains or quantization.compile is False:
+            return False
+        problem = missing_compiler(device)
+        if quantization.compile:
+            if problem is not None:
+                raise ConfigurationError(f"quantization.compile is True, but {problem}; or set it to None.")
+            return True
+        weights = sum(
+            layer.weight.numel()
+            for block, name in zip(self._source.blocks, self._source.block_names, strict=True)
+            for layer, _ in block_layers(block, name, quantization)
+        )
+        is_long = weights * quantization.iters >= _WORTH_COMPILING
+        return is_long and problem is None and self.config.memory.max_ram_mb is None
 
     def _one_of_each(self, calls: list[Call]) -> Generator[tuple[nn.Module, str, Call]]:
         """Yield the blocks that differ in their layers' shapes or settings, with name and call."""

@@ -10,31 +10,53 @@ they are. Norms stay as they are too.
     q = round(u)          centred codes, u being held within their range; the weight becomes scale * q
 
 The gradients (straight through the rounding) and the steps of Adam are written out, in one pass over pieces
-that stay in the processor's cache.
+that stay in the processor's cache. `torch.compile` can make one loop of the same lines.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from auto_round.config_manager import LayerSettings
+from auto_round.quantization._compiled import Compiled
 from auto_round.quantization._grouping import grouped
-from auto_round.quantization._growth import FIRST, SECOND, TINY, grown_scale, step_growth
+from auto_round.quantization._growth import FIRST, SECOND, TINY, corrections, grown_scale, step_growth
 from auto_round.quantization._integers import asymmetric_scale, group_range, symmetric_scale
-from auto_round.quantization._pieces import Scratch
+from auto_round.quantization._pieces import Buffers, Scratch, opened, part
 from auto_round.quantization._quantized import QuantizedWeight
 
 _REACH = 0.49
 """How far beyond the last code a weight may go; half would round to the next, which is none."""
 
 
+class _Groups(NamedTuple):
+    """What is known of N groups of K values: what is trained, what Adam remembers, and what was best."""
+
+    start_N: Tensor
+    zero_N: Tensor | None
+    u_NK: Tensor
+    mean_NK: Tensor
+    square_NK: Tensor
+    growth_N: Tensor
+    growth_mean_N: Tensor
+    growth_square_N: Tensor
+    scale_N: Tensor
+    best_codes_NK: Tensor
+    best_scale_N: Tensor
+
+    def at(self, groups: slice) -> _Groups:
+        return _Groups(*(None if tensor is None else part(tensor, groups) for tensor in self))  # pyright: ignore
+
+
 class IntegerBlockAP:
     """The trained quantisation of one matrix of weights.
 
-    Letters: R rows, G groups of a row, K values of a group.
+    Letters: R rows, G groups of a row, N groups of all or of some rows, K values of a group.
 
     Args:
         weight: fp32 [R, G*K], finite; it is overwritten.
@@ -57,33 +79,43 @@ class IntegerBlockAP:
     ) -> None:
         self._settings, self._scale_dtype, self._scratch = settings, scale_dtype, scratch
         self._rate, self._scale_rate = rate, scale_rate
-        self._u_RGK = grouped(weight, settings.group_size)
-        low, high = group_range(self._u_RGK)
-        self._zero_RG: Tensor | None = None
+        self._shape = tuple(weight.shape)
+        u_RGK = grouped(weight, settings.group_size)
+        low_N, high_N = (end.flatten() for end in group_range(u_RGK))
+        zero_N: Tensor | None = None
         if settings.symmetric:
-            self._start_RG = symmetric_scale(low, high, settings.bits, scale_dtype)
+            start_N = symmetric_scale(low_N, high_N, settings.bits, scale_dtype)
         else:
-            self._start_RG, self._zero_RG = asymmetric_scale(low, high, settings.bits, scale_dtype)
-        self._scale_RG = self._start_RG
-        self._u_RGK.div_(self._start_RG.unsqueeze(-1))
-        for rows in scratch.pieces(self._u_RGK):
-            self._hold(rows)
-        self._mean_RGK, self._square_RGK = torch.zeros_like(self._u_RGK), torch.zeros_like(self._u_RGK)
-        self._growth_RG = torch.zeros_like(low)
-        self._growth_mean_RG, self._growth_square_RG = torch.zeros_like(low), torch.zeros_like(low)
+            start_N, zero_N = asymmetric_scale(low_N, high_N, settings.bits, scale_dtype)
+        u_NK = u_RGK.flatten(0, 1).div_(start_N.unsqueeze(-1))
+        self._all = _Groups(
+            start_N=start_N,
+            zero_N=zero_N,
+            u_NK=u_NK,
+            mean_NK=torch.zeros_like(u_NK),
+            square_NK=torch.zeros_like(u_NK),
+            growth_N=torch.zeros_like(low_N),
+            growth_mean_N=torch.zeros_like(low_N),
+            growth_square_N=torch.zeros_like(low_N),
+            scale_N=start_N.clone(),
+            best_codes_NK=torch.empty_like(u_NK, dtype=torch.uint8),
+            best_scale_N=start_N.clone(),
+        )
+        self._pieces = list(scratch.pieces(self._shape, u_NK.shape[1]))
+        for piece in self._pieces:
+            _hold(self._all.at(piece.groups), settings.bits)
         self._steps = 0
-        self._best_codes_RGK = torch.empty_like(self._u_RGK, dtype=torch.uint8)
-        self._best_scale_RG = self._scale_RG
 
     def write(self, target: Tensor, *, keep: bool = False) -> None:
         """Write the quantised weight as it stands into `target` [R, G*K]; `keep` remembers it as best."""
-        for rows in self._scratch.pieces(self._u_RGK):
-            code = self._round(rows)
+        for piece in self._pieces:
+            groups = self._all.at(piece.groups)
+            buffers = self._scratch.buffers(groups.u_NK)
+            code = torch.round(groups.u_NK, out=buffers[0])
             if keep:
-                self._keep_codes(rows, code)
-            self._write_piece(target, rows, code)
-        if keep:
-            self._best_scale_RG = self._scale_RG
+                _keep(groups, code, self._settings.bits, buffers)
+            with opened(target, piece) as target_NK:
+                target_NK.copy_(code.mul_(groups.scale_N.unsqueeze(-1)))
 
     def step(self, gradient: Tensor, target: Tensor, factor: float, *, keep: bool) -> None:
         """Take a step of Adam and write the new weight.
@@ -95,71 +127,81 @@ class IntegerBlockAP:
             keep: Remember the weight as it was before the step.
         """
         self._steps += 1
-        by_scale_RG = torch.empty_like(self._scale_RG)
-        sign_RG1 = self._scale_RG.sign().unsqueeze(-1)
-        root = math.sqrt(1 - SECOND**self._steps)
-        rate = factor * self._rate / (1 - FIRST**self._steps)
-        for rows in self._scratch.pieces(self._u_RGK):
-            code = self._round(rows)
-            if keep:
-                self._keep_codes(rows, code)
-            grad = self._scratch.take(1, code)
-            grad.copy_(gradient[rows].view(code.shape))
-            torch.sum(code.mul_(grad), -1, out=by_scale_RG[rows])
-            # The scale's size is the same for all values of a group but for slow changes, and Adam is blind
-            # to such a factor; its sign is what counts.
-            grad.mul_(sign_RG1[rows])
-            mean, square, u = self._mean_RGK[rows], self._square_RGK[rows], self._u_RGK[rows]
-            mean.lerp_(grad, 1 - FIRST)
-            square.mul_(SECOND).addcmul_(grad, grad, value=1 - SECOND)
-            size = torch.sqrt(square, out=code).div_(root).add_(TINY)
-            u.addcdiv_(mean, size, value=-rate)
-            self._hold(rows)
-        if keep:
-            self._best_scale_RG = self._scale_RG
-        self._step_scale(by_scale_RG * self._start_RG, factor)
-        self.write(target)
+        more, root = corrections(self._steps)
+        rate, scale_rate = factor * more * self._rate, factor * more * self._scale_rate
+        update = _update(self._settings.bits, self._scale_dtype, self._scratch.compiles)
+        for piece in self._pieces:
+            groups = self._all.at(piece.groups)
+            buffers = self._scratch.buffers(groups.u_NK)
+            grad_NK = gradient[piece.rows].reshape(groups.u_NK.shape).data
+            with opened(target, piece) as target_NK:
+                update(groups, grad_NK, target_NK, keep, rate, scale_rate, root, buffers)
 
     def result(self) -> QuantizedWeight:
         """Return the best quantisation that was remembered."""
-        rows, groups, size = self._u_RGK.shape
+        rows, width = self._shape
+        zero_N = self._all.zero_N
         return QuantizedWeight(
             settings=self._settings,
-            codes=self._best_codes_RGK.view(rows, groups * size),
-            scale=self._best_scale_RG.to(self._scale_dtype),
-            zero=None if self._zero_RG is None else self._zero_RG.to(torch.uint8),
+            codes=self._all.best_codes_NK.view(rows, width),
+            scale=self._all.best_scale_N.view(rows, -1).to(self._scale_dtype),
+            zero=None if zero_N is None else zero_N.view(rows, -1).to(torch.uint8),
         )
 
-    def _round(self, rows: slice) -> Tensor:
-        """Return centred codes."""
-        u = self._u_RGK[rows]
-        return torch.round(u, out=self._scratch.take(0, u))
 
-    def _hold(self, rows: slice) -> None:
-        """Keep weights where they round to codes, so that all get a gradient and none is lost outside."""
-        u, bits = self._u_RGK[rows], self._settings.bits
-        if self._zero_RG is None:
-            u.clamp_(-(1 << bits - 1) - _REACH, (1 << bits - 1) - 1 + _REACH)
-        else:
-            # Scalar bounds: torch clamps by tensors that are broadcast ten times as slowly.
-            zero = self._zero_RG[rows].unsqueeze(-1)
-            u.add_(zero).clamp_(-_REACH, (1 << bits) - 1 + _REACH).sub_(zero)
+@functools.cache
+def _update(bits: int, scale_dtype: torch.dtype, compiles: bool) -> Callable[..., Any]:
+    """Return what takes a step of some groups, in place."""
 
-    def _keep_codes(self, rows: slice, code: Tensor) -> None:
-        zero = 1 << self._settings.bits - 1 if self._zero_RG is None else self._zero_RG[rows].unsqueeze(-1)
-        self._best_codes_RGK[rows].copy_(torch.add(code, zero, out=self._scratch.take(2, code)))
-
-    def _write_piece(self, target: Tensor, rows: slice, code: Tensor) -> None:
-        code.mul_(self._scale_RG[rows].unsqueeze(-1))
-        target[rows].copy_(code.view(len(code), -1))
-
-    def _step_scale(self, gradient_RG: Tensor, factor: float) -> None:
+    def update(
+        groups: _Groups,
+        gradient_NK: Tensor,
+        target_NK: Tensor,
+        keep: bool,
+        rate: float,
+        scale_rate: float,
+        root: float,
+        buffers: Buffers,
+    ) -> None:
+        code = torch.round(groups.u_NK, out=buffers[0])
+        if keep:
+            _keep(groups, code, bits, buffers)
+        grad = gradient_NK.float() if buffers[1] is None else buffers[1].copy_(gradient_NK)
+        by_scale_N = code.mul_(grad).sum(-1)
+        # The scale's size is the same for all values of a group but for slow changes, and Adam is blind to
+        # such a factor; its sign is what counts.
+        grad = grad.mul_(groups.scale_N.sign().unsqueeze(-1))
+        groups.mean_NK.lerp_(grad, 1 - FIRST)
+        groups.square_NK.mul_(SECOND).addcmul_(grad, grad, value=1 - SECOND)
+        size = torch.sqrt(groups.square_NK, out=buffers[0]).div_(root).add_(TINY)
+        groups.u_NK.sub_(torch.div(groups.mean_NK, size, out=buffers[0]).mul_(rate))
+        _hold(groups, bits)
         step_growth(
-            self._growth_RG,
-            self._growth_mean_RG,
-            self._growth_square_RG,
-            gradient_RG,
-            rate=factor * self._scale_rate,
-            count=self._steps,
+            groups.growth_N,
+            groups.growth_mean_N,
+            groups.growth_square_N,
+            by_scale_N * groups.start_N,
+            rate=scale_rate,
+            root=root,
         )
-        self._scale_RG = grown_scale(self._start_RG, self._growth_RG, self._scale_dtype).float()
+        groups.scale_N.copy_(grown_scale(groups.start_N, groups.growth_N, scale_dtype))
+        code = torch.round(groups.u_NK, out=buffers[0])
+        target_NK.copy_(code.mul_(groups.scale_N.unsqueeze(-1)))
+
+    return Compiled(update, dynamic=True, precise=True) if compiles else update
+
+
+def _hold(groups: _Groups, bits: int) -> None:
+    """Keep weights where they round to codes, so that all get a gradient and none is lost outside."""
+    if groups.zero_N is None:
+        groups.u_NK.clamp_(-(1 << bits - 1) - _REACH, (1 << bits - 1) - 1 + _REACH)
+    else:
+        # Scalar bounds: torch clamps by tensors that are broadcast ten times as slowly.
+        zero_N1 = groups.zero_N.unsqueeze(-1)
+        groups.u_NK.add_(zero_N1).clamp_(-_REACH, (1 << bits) - 1 + _REACH).sub_(zero_N1)
+
+
+def _keep(groups: _Groups, code_NK: Tensor, bits: int, buffers: Buffers) -> None:
+    zero = 1 << bits - 1 if groups.zero_N is None else groups.zero_N.unsqueeze(-1)
+    groups.best_codes_NK.copy_(torch.add(code_NK, zero, out=buffers[2]))
+    groups.best_scale_N.copy_(groups.scale_N)

@@ -32,13 +32,18 @@ class Call:
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Return what a block makes of the hidden states; the first of its outputs if it has several."""
-        kwargs, args = dict(self.kwargs), self.args
-        if self.hidden_name is None:
-            args = (hidden, *args)
-        else:
-            kwargs[self.hidden_name] = hidden
-        output: Any = block(*args, **kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+        return call_block(block, hidden, self.args, self.kwargs, self.hidden_name)
+
+
+def call_block(
+    block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_name: str | None
+) -> Tensor:
+    """Return what `Call` does, from its parts, which a compiler looks into."""
+    if hidden_name is None:
+        output = block(hidden, *args, **kwargs)
+    else:
+        output = block(*args, **{**kwargs, hidden_name: hidden})
+    return output if isinstance(output, Tensor) else output[0]
 
 
 class _Stop(Exception):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -40,11 +40,22 @@ def fast_training(block: nn.Module) -> Generator[None]:
             if original is not None and _rotates_halves(original):
                 setattr(home, "apply_rotary_pos_emb", _rotary(original, threading.get_ident()))  # noqa: B010
                 stack.callback(setattr, home, "apply_rotary_pos_emb", original)
-        stack.enter_context(_Attention())
+        stack.enter_context(Attention())
         yield
 
 
-class _Attention(TorchFunctionMode):
+class Attention(TorchFunctionMode):
+    """Computes plain causal attention in bands of queries, within a `with` in this thread.
+
+    Args:
+        compiled_for: Hidden states [batch, tokens, width] for which `torch.compile` shall see through it and
+            make the way back; None for what is not compiled.
+    """
+
+    def __init__(self, compiled_for: Tensor | None = None) -> None:
+        super().__init__()
+        self._biases = None if compiled_for is None else _causal_biases(compiled_for)
+
     def __torch_function__(
         self,
         func: Any,
@@ -59,9 +70,10 @@ class _Attention(TorchFunctionMode):
             heads = query.shape[1] // key.shape[1]
             if heads > 1:
                 key, value = (part.repeat_interleave(heads, 1) for part in (key, value))
-            return cast("Any", _BandedAttention).apply(
-                query, key, value, query.shape[-1] ** -0.5 if scale is None else scale
-            )
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            if self._biases is not None:
+                return _banded_attention(query, key, value, scale, self._biases)
+            return cast("Any", _BandedAttention).apply(query, key, value, scale)
         return func(*args, **kwargs)
 
 
@@ -125,6 +137,26 @@ class _BandedAttention(torch.autograd.Function):
             d_key[:, :end].baddbmm_(d_weights.transpose(1, 2), query[:, start:end])
         d_query.mul_(ctx.scale)
         return d_query.view(shape), d_key.view(shape), d_value.view(shape), None
+
+
+def _causal_biases(hidden: Tensor) -> list[Tensor]:
+    """Return for each band of queries 0 for the keys that they see, and minus infinity for later ones."""
+    nothing = torch.full((hidden.shape[1],) * 2, float("-inf"), dtype=hidden.dtype, device=hidden.device)
+    biases = nothing.triu_(1)
+    return [biases[start:end, :end].contiguous() for start, end in _bands(hidden.shape[1])]
+
+
+def _banded_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, biases: Sequence[Tensor]
+) -> Tensor:
+    """Return what `_BandedAttention` does; a compiler makes the way back, and code that masks slowly."""
+    shape = query.shape
+    query, key, value = (part.flatten(0, 1) for part in (query * scale, key, value))
+    outs: list[Tensor] = []
+    for (start, end), bias in zip(_bands(shape[2]), biases, strict=True):
+        weights = torch.bmm(query[:, start:end], key[:, :end].transpose(1, 2)) + bias
+        outs.append(torch.bmm(torch.softmax(weights, -1), value[:, :end]))
+    return torch.cat(outs, 1).view(shape)
 
 
 def _bands(tokens: int) -> list[tuple[int, int]]:

@@ -17,8 +17,13 @@ FIRST, SECOND = 0.9, 0.999
 TINY = 1e-30
 
 
+def corrections(count: int) -> tuple[float, float]:
+    """Return what Adam's averages are short of at a step, from 1: a factor of the rate, and a divisor."""
+    return 1 / (1 - FIRST**count), math.sqrt(1 - SECOND**count)
+
+
 def step_growth(
-    growth: Tensor, mean: Tensor, square: Tensor, gradient: Tensor, *, rate: float, count: int
+    growth: Tensor, mean: Tensor, square: Tensor, gradient: Tensor, *, rate: float, root: float
 ) -> None:
     """Take a step of Adam in place, all of one shape.
 
@@ -27,13 +32,13 @@ def step_growth(
         mean: Adam's memory of the gradient.
         square: Of its square.
         gradient: With respect to the growth, which is that of the scale times its first value.
-        rate: The learning rate.
-        count: Which step it is, from 1.
+        rate: The learning rate, times the first of the step's `corrections`.
+        root: The second of them.
     """
     mean.lerp_(gradient, 1 - FIRST)
     square.mul_(SECOND).addcmul_(gradient, gradient, value=1 - SECOND)
-    size = square.sqrt().div_(math.sqrt(1 - SECOND**count)).add_(TINY)
-    growth.addcdiv_(mean, size, value=-rate / (1 - FIRST**count)).clamp_(-0.5, 1)
+    size = square.sqrt().div_(root).add_(TINY)
+    growth.sub_(mean / size * rate).clamp_(-0.5, 1)
 
 
 def grown_scale(start: Tensor, growth: Tensor, scale_dtype: torch.dtype) -> Tensor:

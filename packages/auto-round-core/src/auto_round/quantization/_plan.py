@@ -25,6 +25,8 @@ _SLACK_MB = 48
 """For what is not counted: the interpreter's own growth, buffers of files, holes in the heap."""
 _EXPERTS_MB = 64
 """For what torch keeps of products in each number of rows that experts are given, filled up as they are."""
+_COMPILER_MB = 350
+"""For torch's compiler, once it is imported and has compiled a few functions."""
 _SMALL_MB = 256
 """Up to this much kept memory hardly counts, and page faults do; large blocks take their time to multiply."""
 _AMPLE = 0.25
@@ -43,6 +45,8 @@ class BlockCost:
     """Activations of one sample on its way forwards and backwards."""
     streams: int
     """The activations of all samples between two blocks."""
+    compiler: int = 0
+    """Of torch's compiler, and gradients that compiled code makes all at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +64,8 @@ class Means:
     same sizes over and over, and a page that is mapped anew costs more than what is done with it."""
     resident: bool = False
     """Keep all blocks in memory while scales are trained end to end."""
+    compiles: bool = False
+    """Compile what is run for each step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +110,7 @@ def block_cost(
     sample_shape: tuple[int, ...],
     dtype: torch.dtype,
     trains: bool,
+    compiles: bool,
     gives_rows: Callable[[Layer], bool],
 ) -> BlockCost:
     """Return what it takes to work on a block.
@@ -117,6 +124,7 @@ def block_cost(
         sample_shape: Of one sample's activations, (tokens, width).
         dtype: In which it is computed.
         trains: Weights are trained.
+        compiles: Steps are compiled.
         gives_rows: Says whether a layer's float weight need not be held, as `FloatModel.gives_rows` does.
     """
     own_bytes = sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
@@ -139,6 +147,7 @@ def block_cost(
         accumulated=sum(sizes) * dtype.itemsize if trains else 0,
         sample=_activation_bytes(block, call, layers, sample_shape, dtype, trains) if samples else 0,
         streams=(2 if config.enable_quanted_input else 3) * samples * activations * dtype.itemsize,
+        compiler=_COMPILER_MB * _MB + sum(sizes) * dtype.itemsize if compiles else 0,
     )
 
 
@@ -217,7 +226,7 @@ def make_plan(
     batch = config.batch_size
 
     def plan(micro: int, spills: bool) -> Plan:
-        needed_mb = _needed_mb(cost, micro, spills, batch)
+        needed_mb = _needed_mb(cost, micro, spills, batch) + cost.compiler / _MB
         if together is not None:
             needed_mb = max(needed_mb, _together_mb(together, micro, spills))
         return Plan(micro_batch=micro, spills=spills, needed_mb=held_mb + needed_mb)
@@ -245,7 +254,7 @@ def make_plan(
             return with_all(found, max_ram_mb)
     smallest = plans[-1].needed_mb
     what, remedy = "the largest block takes", ""
-    if held_mb + _needed_mb(cost, 1, True, batch) < smallest:
+    if held_mb + _needed_mb(cost, 1, True, batch) + cost.compiler / _MB < smallest:
         what = "training all scales together takes"
         remedy = ", quantization.end_to_end_iters 0"
     raise ConfigurationError(

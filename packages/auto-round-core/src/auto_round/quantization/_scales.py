@@ -18,7 +18,7 @@ from auto_round.quantization._compute import scale_dtype_of
 from auto_round.quantization._experts import FewShapes
 from auto_round.quantization._fast_ops import fast_training
 from auto_round.quantization._grouping import grouped, row_chunks
-from auto_round.quantization._growth import grown_scale, step_growth
+from auto_round.quantization._growth import corrections, grown_scale, step_growth
 from auto_round.quantization._inputs import rounded_inputs
 from auto_round.quantization._layers import Layer
 from auto_round.quantization._quantized import QuantizedWeight
@@ -153,7 +153,8 @@ class ScaledBlocks:
             if one.gradient is not None:
                 gradient[one.state] = one.gradient.mul_(one.weight.scale).flatten()
                 one.gradient = None
-        step_growth(growth, mean, square, gradient, rate=rate, count=count)
+        more, root = corrections(count)
+        step_growth(growth, mean, square, gradient, rate=rate * more, root=root)
         state.write((_GROWTH, _MEAN, _SQUARE), torch.stack((growth, mean, square)))
         if self._resident:
             for one in block.trained:

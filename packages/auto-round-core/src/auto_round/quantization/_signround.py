@@ -9,7 +9,8 @@ Source: Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for 
 
 The gradients of these few formulas are written out here, with the straight-through estimator for rounding.
 They are worked out together with the step and the next weight in one pass over pieces that stay in the
-processor's cache, so that a step costs a few reads of the weights and no graph of autograd.
+processor's cache, so that a step costs a few reads of the weights and no graph of autograd. `torch.compile`
+can make one loop of the same lines.
 
 Offsets step by the sign only where a gradient is large among those of its group, and by less in proportion
 below: a weight on which the loss hardly depends would else walk at random by full steps, and end on another
@@ -18,13 +19,18 @@ code for nothing, which costs most on texts that are not like the calibration.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from auto_round.config_manager import LayerSettings
+from auto_round.quantization._compiled import Compiled
 from auto_round.quantization._grouping import grouped
 from auto_round.quantization._integers import asymmetric_scale, group_range, symmetric_scale
-from auto_round.quantization._pieces import Scratch, WeightRows
+from auto_round.quantization._pieces import Buffers, Scratch, WeightRows, opened, part
 from auto_round.quantization._quantized import QuantizedWeight
 
 _FULL_STEP = 1.5
@@ -33,10 +39,28 @@ _REACH = 0.5
 _TINY = 1e-30
 
 
+class _Groups(NamedTuple):
+    """What is known of N groups of K values: their range, what is trained, and what was best."""
+
+    low_N: Tensor
+    high_N: Tensor
+    low_factor_N: Tensor
+    high_factor_N: Tensor
+    offset_NK: Tensor
+    scale_N: Tensor
+    zero_N: Tensor | None
+    best_codes_NK: Tensor
+    best_scale_N: Tensor
+    best_zero_N: Tensor | None
+
+    def at(self, groups: slice) -> _Groups:
+        return _Groups(*(None if tensor is None else part(tensor, groups) for tensor in self))  # pyright: ignore
+
+
 class IntegerSignRound:
     """The trained quantisation of one matrix of weights.
 
-    Letters: R rows, G groups of a row, K values of a group.
+    Letters: R rows, G groups of a row, N groups of all or of some rows, K values of a group.
 
     Args:
         weight: fp32 [R, G*K], finite, or what gives its rows; it is kept, not copied, and never changed.
@@ -57,27 +81,43 @@ class IntegerSignRound:
         rate: float,
         range_rate: float,
     ) -> None:
-        self._settings, self._scale_dtype, self._scratch = settings, scale_dtype, scratch
+        self._weight, self._settings, self._scratch = weight, settings, scratch
         self._rate, self._range_rate = rate, range_rate
-        self._weight = weight
-        shape = tuple(weight.shape)
-        self._offset_RGK = grouped(torch.zeros(shape, device=scratch.device), settings.group_size)
-        ranges = [group_range(self._read(rows)) for rows in scratch.pieces(self._offset_RGK)]
-        self._low_RG, self._high_RG = (torch.cat(parts) for parts in zip(*ranges, strict=True))
-        self._low_factor_RG = torch.ones_like(self._low_RG)
-        self._high_factor_RG = torch.ones_like(self._low_RG)
-        self._best_codes_RGK = torch.empty_like(self._offset_RGK, dtype=torch.uint8)
-        self._scale_RG, self._zero_RG = self._new_scale(slice(None))
-        self._best_scale_RG = self._scale_RG.clone()
-        self._best_zero_RG = None if self._zero_RG is None else self._zero_RG.clone()
+        rows, width = weight.shape
+        size = width if settings.group_size == -1 else settings.group_size
+        self._pieces = list(scratch.pieces((rows, width), size))
+        ranges = [group_range(grouped(weight[piece.rows], size)) for piece in self._pieces]
+        low_N, high_N = (torch.cat([part.flatten() for part in parts]) for parts in zip(*ranges, strict=True))
+        if settings.symmetric:
+            scale_N, zero_N = symmetric_scale(low_N, high_N, settings.bits, scale_dtype), None
+        else:
+            scale_N, zero_N = asymmetric_scale(low_N, high_N, settings.bits, scale_dtype)
+        offset_NK = torch.zeros(len(low_N), size, device=scratch.device)
+        self._all = _Groups(
+            low_N=low_N,
+            high_N=high_N,
+            low_factor_N=torch.ones_like(low_N),
+            high_factor_N=torch.ones_like(low_N),
+            offset_NK=offset_NK,
+            scale_N=scale_N,
+            zero_N=zero_N,
+            best_codes_NK=torch.empty_like(offset_NK, dtype=torch.uint8),
+            best_scale_N=scale_N.clone(),
+            best_zero_N=None if zero_N is None else zero_N.clone(),
+        )
+        self._scale_dtype = scale_dtype
 
     def write(self, target: Tensor, *, keep: bool = False) -> None:
         """Write the quantised weight as it stands into `target` [R, G*K]; `keep` remembers it as best."""
-        for rows in self._scratch.pieces(self._offset_RGK):
-            code, _, _ = self._round(self._read(rows), rows)
+        bits = self._settings.bits
+        for piece in self._pieces:
+            groups, w_NK = self._all.at(piece.groups), self._read(piece.rows)
+            buffers = self._scratch.buffers(w_NK)
+            code, _, _ = _round(w_NK, groups, bits, buffers)
             if keep:
-                self._keep(rows, code)
-            self._write_piece(target, rows, code)
+                _keep(groups, code, bits, buffers)
+            with opened(target, piece) as target_NK:
+                target_NK.copy_(code.mul_(groups.scale_N.unsqueeze(-1)))
 
     def step(self, gradient: Tensor, target: Tensor, factor: float, *, keep: bool) -> None:
         """Take a step against the gradient and write the new weight.
@@ -88,96 +128,117 @@ class IntegerSignRound:
             factor: What is left of the rates at this step of the schedule.
             keep: Remember the weight as it was before the step.
         """
+        update = _update(self._settings.bits, self._scale_dtype, self._scratch.compiles)
+        rate, range_rate = factor * self._rate, factor * self._range_rate
         # Groups lie within rows, so a piece is done with once its own weights have been read.
-        for rows in self._scratch.pieces(self._offset_RGK):
-            w = self._read(rows)
-            code, unclipped, ratio = self._round(w, rows)
-            if keep:
-                self._keep(rows, code)
-            grad = self._scratch.take(3, code)
-            grad.copy_(gradient[rows].view(code.shape))
-            # d scale: sum of g * (q - (w / s) * [not clipped])
-            inner = torch.mul(ratio, unclipped, out=ratio)
-            by_scale = torch.sub(code, inner, out=inner).mul_(grad).sum(-1)
-            clipped = None if self._zero_RG is None else grad.sum(-1)
-            grad.mul_(unclipped)
-            if clipped is not None:
-                clipped -= grad.sum(-1)
-            size = torch.abs(grad, out=unclipped).mean(-1).mul_(_FULL_STEP).add_(_TINY)
-            grad.mul_((self._scale_RG[rows].sign() / size).unsqueeze(-1)).clamp_(-1, 1)
-            self._offset_RGK[rows].add_(grad, alpha=-factor * self._rate).clamp_(-_REACH, _REACH)
-            self._step_range(rows, by_scale, clipped, factor * self._range_rate)
-            code, _, _ = self._round(w, rows)
-            self._write_piece(target, rows, code)
+        for piece in self._pieces:
+            w_NK = self._read(piece.rows)
+            buffers = self._scratch.buffers(w_NK)
+            grad_NK = gradient[piece.rows].reshape(w_NK.shape).data
+            with opened(target, piece) as target_NK:
+                update(w_NK, self._all.at(piece.groups), grad_NK, target_NK, keep, rate, range_rate, buffers)
 
     def result(self) -> QuantizedWeight:
         """Return the best quantisation that was remembered."""
-        rows, groups, size = self._offset_RGK.shape
+        rows, width = self._weight.shape
+        zero_N = self._all.best_zero_N
         return QuantizedWeight(
             settings=self._settings,
-            codes=self._best_codes_RGK.view(rows, groups * size),
-            scale=self._best_scale_RG.to(self._scale_dtype),
-            zero=None if self._best_zero_RG is None else self._best_zero_RG.to(torch.uint8),
+            codes=self._all.best_codes_NK.view(rows, width),
+            scale=self._all.best_scale_N.view(rows, -1).to(self._scale_dtype),
+            zero=None if zero_N is None else zero_N.view(rows, -1).to(torch.uint8),
         )
 
-    def _new_scale(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        low = self._low_RG[rows] * self._low_factor_RG[rows]
-        high = self._high_RG[rows] * self._high_factor_RG[rows]
-        bits = self._settings.bits
-        if self._settings.symmetric:
-            return symmetric_scale(low, high, bits, self._scale_dtype), None
-        return asymmetric_scale(low, high, bits, self._scale_dtype)
-
     def _read(self, rows: slice) -> Tensor:
-        return grouped(self._weight[rows], self._settings.group_size)
+        return self._weight[rows].view(-1, self._all.offset_NK.shape[1]).data
 
-    def _round(self, w: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Return centred codes, 1 where nothing was clipped and 0 elsewhere, and weight / scale."""
-        ratio, unclipped, code = (self._scratch.take(index, w) for index in range(3))
-        torch.div(w, self._scale_RG[rows].unsqueeze(-1), out=ratio)
-        torch.add(ratio, self._offset_RGK[rows], out=unclipped).round_()
-        bits = self._settings.bits
-        if self._zero_RG is None:
-            torch.clamp(unclipped, -(1 << bits - 1), (1 << bits - 1) - 1, out=code)
-        else:
-            # Scalar bounds: torch clamps by tensors that are broadcast ten times as slowly.
-            zero = self._zero_RG[rows].unsqueeze(-1)
-            torch.add(unclipped, zero, out=code).clamp_(0, (1 << bits) - 1).sub_(zero)
-        torch.eq(unclipped, code, out=unclipped)
-        return code, unclipped, ratio
 
-    def _keep(self, rows: slice, code: Tensor) -> None:
-        zero: Tensor | int = 1 << self._settings.bits - 1
-        if self._zero_RG is not None and self._best_zero_RG is not None:
-            zero = self._zero_RG[rows].unsqueeze(-1)
-            self._best_zero_RG[rows] = self._zero_RG[rows]
-        self._best_scale_RG[rows] = self._scale_RG[rows]
-        self._best_codes_RGK[rows].copy_(torch.add(code, zero, out=self._scratch.take(4, code)))
+@functools.cache
+def _update(bits: int, scale_dtype: torch.dtype, compiles: bool) -> Callable[..., Any]:
+    """Return what takes a step of some groups, in place."""
 
-    def _write_piece(self, target: Tensor, rows: slice, code: Tensor) -> None:
-        code.mul_(self._scale_RG[rows].unsqueeze(-1))
-        target[rows].copy_(code.view(len(code), -1))
+    def update(
+        w_NK: Tensor,
+        groups: _Groups,
+        gradient_NK: Tensor,
+        target_NK: Tensor,
+        keep: bool,
+        rate: float,
+        range_rate: float,
+        buffers: Buffers,
+    ) -> None:
+        code, unclipped, ratio = _round(w_NK, groups, bits, buffers)
+        if keep:
+            _keep(groups, code, bits, buffers)
+        grad = gradient_NK.float() if buffers[3] is None else buffers[3].copy_(gradient_NK)
+        # d scale: sum of g * (q - (w / s) * [not clipped])
+        inner = torch.mul(ratio, unclipped, out=buffers[0])
+        by_scale_N = torch.sub(code, inner, out=buffers[0]).mul_(grad).sum(-1)
+        clipped_N = None if groups.zero_N is None else grad.sum(-1)
+        grad = torch.mul(grad, unclipped, out=buffers[3])
+        if clipped_N is not None:
+            clipped_N -= grad.sum(-1)
+        size_N = torch.abs(grad, out=buffers[1]).mean(-1).mul_(_FULL_STEP).add_(_TINY)
+        grad = grad.mul_((groups.scale_N.sign() / size_N).unsqueeze(-1)).clamp_(-1, 1).mul_(rate)
+        groups.offset_NK.sub_(grad).clamp_(-_REACH, _REACH)
+        _step_range(groups, by_scale_N, clipped_N, range_rate, bits)
+        _new_scale(groups, bits, scale_dtype)
+        code, _, _ = _round(w_NK, groups, bits, buffers)
+        target_NK.copy_(code.mul_(groups.scale_N.unsqueeze(-1)))
 
-    def _step_range(self, rows: slice, by_scale: Tensor, clipped: Tensor | None, rate: float) -> None:
-        """Turn the gradient of the scales into that of the range's factors, and step."""
-        low_end, high_end, scale = self._low_RG[rows], self._high_RG[rows], self._scale_RG[rows]
-        low_factor, high_factor = self._low_factor_RG[rows], self._high_factor_RG[rows]
-        if clipped is None:
-            # scale = +-max(-low a, high b) / 2**(bits - 1): only the larger side matters, both in a tie.
-            below, above = -low_end * low_factor, high_end * high_factor
-            signed = by_scale * scale.sign()
-            towards_low = signed * -low_end * (below >= above)
-            towards_high = signed * high_end * (above >= below)
-        else:
-            most = float((1 << self._settings.bits) - 1)
-            by_zero = -scale * clipped
-            # zero = round(-low / scale), scale = (high - low) / most
-            low = low_end * low_factor
-            total = by_scale + by_zero * low / scale.square()
-            towards_low = (-total / most - by_zero / scale) * low_end
-            towards_high = total / most * high_end
-        low_factor.sub_(towards_low.sign_(), alpha=rate).clamp_(0, 1)
-        high_factor.sub_(towards_high.sign_(), alpha=rate).clamp_(0, 1)
-        self._scale_RG[rows], zero = self._new_scale(rows)
-        if self._zero_RG is not None and zero is not None:
-            self._zero_RG[rows] = zero
+    return Compiled(update, dynamic=True, precise=True) if compiles else update
+
+
+def _round(w_NK: Tensor, groups: _Groups, bits: int, buffers: Buffers) -> tuple[Tensor, Tensor, Tensor]:
+    """Return centred codes, 1 where nothing was clipped and 0 elsewhere, and weight / scale."""
+    ratio = torch.div(w_NK, groups.scale_N.unsqueeze(-1), out=buffers[0])
+    whole = torch.add(ratio, groups.offset_NK, out=buffers[1]).round_()
+    if groups.zero_N is None:
+        code = torch.clamp(whole, -(1 << bits - 1), (1 << bits - 1) - 1, out=buffers[2])
+    else:
+        # Scalar bounds: torch clamps by tensors that are broadcast ten times as slowly.
+        zero_N1 = groups.zero_N.unsqueeze(-1)
+        code = torch.add(whole, zero_N1, out=buffers[2]).clamp_(0, (1 << bits) - 1).sub_(zero_N1)
+    return code, torch.eq(whole, code, out=buffers[1]), ratio
+
+
+def _keep(groups: _Groups, code_NK: Tensor, bits: int, buffers: Buffers) -> None:
+    zero: Tensor | int = 1 << bits - 1
+    if groups.zero_N is not None and groups.best_zero_N is not None:
+        zero = groups.zero_N.unsqueeze(-1)
+        groups.best_zero_N.copy_(groups.zero_N)
+    groups.best_scale_N.copy_(groups.scale_N)
+    groups.best_codes_NK.copy_(torch.add(code_NK, zero, out=buffers[4]))
+
+
+def _step_range(
+    groups: _Groups, by_scale_N: Tensor, clipped_N: Tensor | None, rate: float, bits: int
+) -> None:
+    """Turn the gradient of the scales into that of the range's factors, and step."""
+    low_end, high_end, scale = groups.low_N, groups.high_N, groups.scale_N
+    if clipped_N is None:
+        # scale = +-max(-low a, high b) / 2**(bits - 1): only the larger side matters, both in a tie.
+        below, above = -low_end * groups.low_factor_N, high_end * groups.high_factor_N
+        signed = by_scale_N * scale.sign()
+        towards_low = signed * -low_end * (below >= above)
+        towards_high = signed * high_end * (above >= below)
+    else:
+        most = float((1 << bits) - 1)
+        by_zero = -scale * clipped_N
+        # zero = round(-low / scale), scale = (high - low) / most
+        low = low_end * groups.low_factor_N
+        total = by_scale_N + by_zero * low / scale.square()
+        towards_low = (-total / most - by_zero / scale) * low_end
+        towards_high = total / most * high_end
+    groups.low_factor_N.sub_(towards_low.sign_().mul_(rate)).clamp_(0, 1)
+    groups.high_factor_N.sub_(towards_high.sign_().mul_(rate)).clamp_(0, 1)
+
+
+def _new_scale(groups: _Groups, bits: int, scale_dtype: torch.dtype) -> None:
+    low, high = groups.low_N * groups.low_factor_N, groups.high_N * groups.high_factor_N
+    if groups.zero_N is None:
+        groups.scale_N.copy_(symmetric_scale(low, high, bits, scale_dtype))
+    else:
+        scale, zero = asymmetric_scale(low, high, bits, scale_dtype)
+        groups.scale_N.copy_(scale)
+        groups.zero_N.copy_(zero)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from auto_round.config_manager import LayerSettings, QuantizationConfig
 from auto_round.exceptions import QuantizationError
 from auto_round.quantization._block_ap import IntegerBlockAP
+from auto_round.quantization._block_loss import BlockLoss, sample_errors
+from auto_round.quantization._capture import Call
 from auto_round.quantization._compute import scale_dtype_of
-from auto_round.quantization._fast_ops import fast_training
 from auto_round.quantization._float_signround import FloatSignRound
 from auto_round.quantization._layers import Layer
 from auto_round.quantization._pieces import Scratch, WeightRows
@@ -64,13 +65,15 @@ def tune_block(
     block: nn.Module,
     layers: Sequence[tuple[Layer, LayerSettings]],
     read: Callable[[Layer], WeightRows],
-    run: Callable[[Tensor], Tensor],
+    call: Callable[[int], Call],
+    loss_of: BlockLoss,
     inputs: Stream,
     targets: Stream,
     samples: int,
     config: QuantizationConfig,
     *,
     micro_batch: int,
+    compiles: bool,
     seed: str,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Tuned:
@@ -80,12 +83,14 @@ def tune_block(
         block: On the device and in the type in which it is to be trained, in evaluation mode.
         layers: What is quantised in it, and how.
         read: Returns a layer's float weight, a matrix [rows, in] in fp32, or what gives its rows.
-        run: Calls the block on a batch [batch, tokens, width] and returns its output.
+        call: Says how the block is called with a batch of so many samples.
+        loss_of: Runs it.
         inputs: What goes in.
         targets: What is to come out.
         samples: How many there are of both.
         config: Method, steps, rates and batch.
         micro_batch: Samples that go through the block at once; the batch of a step is split into as many.
+        compiles: The steps of integers' tuners are compiled.
         seed: Of the order of samples. Each block has its own, so that none depends on what others drew.
         on_step: Called after each step with its number and its loss relative to rounding to nearest.
 
@@ -93,7 +98,7 @@ def tune_block(
         QuantizationError: A weight or a loss is not finite; the message names the layer.
     """
     device = layers[0][0].weight.device
-    scratch = Scratch(device)
+    scratch = Scratch(device, compiles=compiles)
     block.requires_grad_(False)
     tuners: list[tuple[Layer, nn.Parameter, Tuner]] = []
     for layer, settings in layers:
@@ -108,9 +113,8 @@ def tune_block(
     base = torch.empty(samples)
     with torch.no_grad():
         for batch in batches(list(range(samples)), micro_batch):
-            base[batch] = sample_errors(
-                run(inputs.read(batch).to(device)), targets.read(batch).to(device)
-            ).cpu()
+            output = call(len(batch))(block, inputs.read(batch).to(device))
+            base[batch] = sample_errors(output, targets.read(batch).to(device)).cpu()
     loss_before = float(base.mean())
     if not math.isfinite(loss_before):
         raise QuantizationError(
@@ -127,7 +131,12 @@ def tune_block(
     recent = deque[float](maxlen=samples // size)
 
     with ExitStack() as stack:
-        stack.enter_context(fast_training(block))
+        first = list(range(min(size, micro_batch)))
+        stack.enter_context(
+            loss_of.fast(
+                block, call(len(first)), inputs.read(first).to(device), targets.read(first).to(device)
+            )
+        )
         for layer, leaf, tuner in tuners:
             attach = cast("Callable[[object], RemovableHandle]", leaf.register_post_accumulate_grad_hook)  # pyright: ignore
             stack.callback(attach(_stepper(layer, tuner, state)).remove)
@@ -138,10 +147,12 @@ def tune_block(
             state.factor = _schedule(config.quality, step, config.iters)
             loss = 0.0
             for index, part in enumerate(parts):
-                # The output has no name here, so that it goes as soon as its gradient is there.
-                target = targets.read(part).to(device)
-                error = sample_errors(run(inputs.read(part).to(device)), target).sum() / share
-                del target
+                # The target has no name here, so that it goes as soon as the gradient is there.
+                errors = loss_of(
+                    block, call(len(part)), inputs.read(part).to(device), targets.read(part).to(device)
+                )
+                error = errors.sum() / share
+                del errors
                 loss += float(error.detach())
                 state.last = index == len(parts) - 1
                 if state.last:
@@ -198,32 +209,6 @@ def make_tuner(
 def _schedule(quality: str, step: int, steps: int) -> float:
     """Return what is left of the rates at a step: linear to zero for SignRound, a cosine for Adam."""
     return 1 - step / steps if quality != "best" else (1 + math.cos(math.pi * step / steps)) / 2
-
-
-class _Errors(torch.autograd.Function):
-    """Each sample's mean squared error in fp32, which is taken of one sample at a time.
-
-    In fp32 the output, the difference and their gradients of a whole batch would be the peak of a step.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, target: Tensor) -> Tensor:  # pyright: ignore
-        ctx.save_for_backward(output, target)
-        errors = [(one.float() - wanted).square_().mean() for one, wanted in zip(output, target, strict=True)]
-        return torch.stack(errors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        output, target = ctx.saved_tensors
-        gradient = torch.empty_like(output)
-        for index, share in enumerate(grads[0] * (2 / output[0].numel())):
-            gradient[index] = (output[index].float() - target[index]).mul_(share)
-        return gradient, None
-
-
-def sample_errors(output: Tensor, target: Tensor) -> Tensor:
-    """Return each sample's mean squared error, fp32 [samples]."""
-    return cast("Any", _Errors).apply(output, target)
 
 
 @dataclass

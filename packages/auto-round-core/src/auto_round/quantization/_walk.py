@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from auto_round.config_manager import LayerSettings, QuantizationConfig
 from auto_round.exceptions import QuantizationError
+from auto_round.quantization._block_loss import BlockLoss
 from auto_round.quantization._capture import Call, Capture, same_calls
 from auto_round.quantization._compute import scale_dtype_of
 from auto_round.quantization._end_to_end import EndToEnd
@@ -85,6 +86,7 @@ class Walk:
         self._capture = Capture(source.model, list(source.blocks))
         self._calls: dict[int, list[Call]] = {}
         self._tail = tail
+        self._loss = BlockLoss(compiles=means.compiles and not self._hides_from_compilers())
         self._ranges: dict[int, dict[str, Tensor]] = {}
         self._begin_s = time.monotonic()
 
@@ -204,10 +206,18 @@ class Walk:
                 _, calls = self._capture.run(self._tokens[:size])
             self._calls[size] = self._moved(calls)
 
+    def _hides_from_compilers(self) -> bool:
+        """Return whether compiling a block would fail, or would take the first block's roundings for all."""
+        rounds = self._config.act_bits < 16
+        return rounds or any(parameter.ndim > 2 for parameter in self._source.blocks[0].parameters())
+
     def call(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """Return what a block makes of hidden states [batch, tokens, width]."""
-        self.prepare({len(hidden)})
-        return self._calls[len(hidden)][index](block, hidden)
+        return self._call(index, len(hidden))(block, hidden)
+
+    def _call(self, index: int, samples: int) -> Call:
+        self.prepare({samples})
+        return self._calls[samples][index]
 
     def _block(self, index: int, float_stream: Stream | None, quantized_stream: Stream | None) -> None:
         name = self._source.block_names[index]
@@ -288,12 +298,14 @@ class Walk:
                     block,
                     layers,
                     lambda layer: self._source.rows(layer, self._means.device),
-                    run,
+                    lambda samples: self._call(index, samples),
+                    self._loss,
                     quantized_stream,
                     targets,
                     self._samples,
                     self._config,
                     micro_batch=self._means.micro_batch,
+                    compiles=self._means.compiles,
                     seed=f"{self._config.seed}:{index}",
                     on_step=lambda step, loss: self._progress.step(index, step, loss),
                 )
