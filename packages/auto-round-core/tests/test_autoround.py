@@ -576,6 +576,22 @@ def test_a_full_workspace_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_is_never_there_without_its_report(
+    llama: str, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    rounder = quick(llama, iters=0)
+    with monkeypatch.context() as patch:
+        patch.setattr("auto_round.quantization._autoround.save_html", full)
+        with pytest.raises(OSError, match="No space left"):
+            rounder.save(tmp_path / "out", "fake")
+    assert list(tmp_path.iterdir()) == []
+    rounder.save(tmp_path / "out", "fake")
+    assert (tmp_path / "out" / "quantization_report.html").is_file()
+
+
 def test_results_wait_in_the_workspace_until_they_are_let_go(llama: str, tmp_path: Path) -> None:
     config = {
         "quantization": {**QUANTIZATION, "iters": 0},

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from auto_round.exceptions import AutoRoundError
+from auto_round.exceptions import AutoRoundError, ExportError
 from auto_round.quantization._streams import Stream
 
 BF16 = torch.bfloat16
@@ -62,7 +62,7 @@ def test_a_disk_without_room_is_said_before_the_work(tmp_path: Path, monkeypatch
 
     before = open_files()
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(AutoRoundError, match=r"no room for 3 MB of activations \(No space left.*workspace_"):
+    with pytest.raises(ExportError, match=r"no room for 3 MB of activations \(No space left.*workspace_"):
         Stream(3, (1 << 18,), torch.float32, tmp_path)
     assert open_files() == before
     with pytest.raises(AutoRoundError, match="No such file"):

@@ -34,7 +34,7 @@ class QuantizationError(AutoRoundError, ValueError):
 
 
 class ExportError(AutoRoundError, OSError):
-    """A model cannot be written: the disk is full, the folder is taken, or the plan of it is impossible."""
+    """A model, or what is kept until then, cannot be written: the disk is full, the folder is taken."""
 
 
 class MissingPackageError(AutoRoundError, ImportError):

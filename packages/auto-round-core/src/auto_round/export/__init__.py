@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def export_model(
     config: AutoRoundConfig,
     folder: Path,
     tokenizer: Any = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a quantised model, with what else was in the checkpoint's folder but code and pickles.
 
@@ -68,6 +69,7 @@ def export_model(
         config: Has the size of files.
         folder: Where to; it must not be there, or be empty.
         tokenizer: Is saved too if it is none that was loaded from the checkpoint's folder.
+        beside: Writes what else belongs into the folder that it is given.
 
     Raises:
         ConfigurationError: As for `check_export` with all that is known, or the folder holds something.
@@ -80,6 +82,8 @@ def export_model(
     with whole_folder(folder) as temporary:
         _WRITERS[format_name](source, store, temporary, config.export.max_shard_bytes)
         save_tokenizer(tokenizer, source.folder, temporary)
+        if beside is not None:
+            beside(temporary)
 
 
 def _check_alike(layers: Mapping[str, LayerSettings]) -> None:

@@ -19,10 +19,10 @@ from torch import Tensor
 from auto_round._files import shown
 from auto_round.exceptions import ExportError
 from auto_round.low_cpu_mem._json_files import MOST_BYTES
-from auto_round.low_cpu_mem._safetensors import _TYPES  # pyright: ignore[reportPrivateUsage]
+from auto_round.low_cpu_mem._safetensors import TYPES
 from auto_round.low_cpu_mem._stored import memory_of
 
-_CODES = {dtype: code for code, dtype in _TYPES.items()}
+_CODES = {dtype: code for code, dtype in TYPES.items()}
 _METADATA = "__metadata__"
 _ALIGNMENT = 8
 
@@ -170,7 +170,7 @@ def _header(tensors: Sequence[PlannedTensor], path: Path) -> bytes:
         code = _CODES.get(tensor.dtype)
         if code is None:
             raise ExportError(
-                f"tensor {shown(tensor.name)} is {tensor.dtype}; safetensors holds {', '.join(_TYPES)}."
+                f"tensor {shown(tensor.name)} is {tensor.dtype}; safetensors holds {', '.join(TYPES)}."
             )
         shape = list(tensor.shape)
         if code == "F4":

@@ -15,7 +15,7 @@ from auto_round.low_cpu_mem._stored import StoredTensor, check_shape, contiguous
 
 _PREFIX_BYTES = 8
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_TYPES = {
+TYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -92,10 +92,10 @@ def _parse_entry(entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     fields = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
     if fields.keys() != _FIELDS:
         raise CheckpointError(f"its entry must have {', '.join(sorted(_FIELDS))} and nothing else")
-    dtype = _TYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
+    dtype = TYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
     if dtype is None:
         raise CheckpointError(
-            f"its type {shown(fields['dtype'])} is none that torch has; known are {', '.join(_TYPES)}"
+            f"its type {shown(fields['dtype'])} is none that torch has; known are {', '.join(TYPES)}"
         )
     shape = _counts(fields["shape"], "shape")
     offsets = _counts(fields["data_offsets"], "data_offsets")

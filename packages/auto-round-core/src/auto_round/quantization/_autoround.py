@@ -201,11 +201,16 @@ class AutoRound:
             config.update(export={"export_format": export_format})
         check_export(config, self.layers, self._source)
         assert self._store is not None  # noqa: S101 - there is a report
-        folders = self._folders(config, path)
-        for name, folder in folders:
-            export_model(name, self._source, self._store, config, folder, self._tokenizer)
+
+        def write_report(folder: Path) -> None:
             report.save_json(folder / _REPORT_JSON)
             save_html(report, folder / _REPORT_HTML)
+
+        folders = self._folders(config, path)
+        for name, folder in folders:
+            export_model(
+                name, self._source, self._store, config, folder, self._tokenizer, beside=write_report
+            )
         return [folder for _, folder in folders]
 
     def quantize_and_save(

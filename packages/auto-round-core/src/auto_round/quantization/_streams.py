@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from auto_round.exceptions import QuantizationError
+from auto_round.exceptions import ExportError, QuantizationError
 from auto_round.low_cpu_mem._stored import memory_of
 
 _Move = Callable[[int, Sequence[memoryview], int], int]
@@ -48,7 +48,7 @@ class Stream:
         folder: Where the file is; None keeps all in memory.
 
     Raises:
-        QuantizationError: The disk has no room, or the folder cannot be written to.
+        ExportError: The disk has no room, or the folder cannot be written to.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Stream:
                 os.posix_fallocate(self._file, 0, samples * self._sample_bytes)
         except OSError as failure:
             self.close()
-            raise QuantizationError(
+            raise ExportError(
                 f"{folder} has no room for {samples * self._sample_bytes / 2**20:.0f} MB of activations "
                 f"({failure.strerror}). Free some, or name another folder in memory.workspace_dir."
             ) from failure
