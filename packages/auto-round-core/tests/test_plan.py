@@ -241,6 +241,55 @@ def test_what_is_expected_is_not_exceeded(family: str, tmp_path: Path) -> None:
     assert any("kept on disk" in note for note in notes)
 
 
+_HEAD = """
+import json, sys, torch
+import transformers
+from auto_round.quantization import _autoround
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+
+config = transformers.LlamaConfig(
+    vocab_size=40000, hidden_size=512, num_attention_heads=8, num_key_value_heads=8, intermediate_size=512,
+    num_hidden_layers=1,
+)
+transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[1])
+plans = []
+original = _autoround.make_plan
+_autoround.make_plan = lambda *given: plans.append(original(*given)) or plans[-1]
+fields = dict(quality="rtn", ignore_layers=[], layer_config={"lm_head": {"bits": 8}}, symmetric=False)
+for limit in (10**6, 10**6):
+    given = {"quantization": fields, "memory": {"max_ram_mb": limit}}
+    with _autoround.AutoRound(sys.argv[1], config=given, progress=False) as rounder:
+        open("/proc/self/clear_refs", "w").write("5")
+        rounder.quantize()
+print(json.dumps([peak(), plans[-1].needed_mb]))
+given["memory"]["max_ram_mb"] = int(plans[-1].needed_mb) - 10
+try:
+    with _autoround.AutoRound(sys.argv[1], config=given, progress=False) as rounder:
+        rounder.quantize()
+except _autoround.ConfigurationError as refused:
+    print(json.dumps(str(refused)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_head_that_is_rounded_is_part_of_the_plan(tmp_path: Path) -> None:
+    """Of 20 million weights, beside one small block and no calibration."""
+    done = subprocess.run(
+        [sys.executable, "-c", _HEAD, str(tmp_path / "model")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    measured, refused = (json.loads(line) for line in done.stdout.splitlines())
+    peak, needed = measured
+    assert needed - 60 <= peak <= needed
+    assert "memory.max_ram_mb" in refused
+
+
 _TOGETHER = """
 import json, sys, torch
 import transformers

@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +30,7 @@ from auto_round.quantization._plan import (
     end_to_end_cost,
     fits_on_gpu,
     make_plan,
+    outside_bytes,
     spill_folder,
 )
 from auto_round.quantization._progress import RichProgress, SilentProgress
@@ -358,28 +361,29 @@ class AutoRound:
         compiles = self._compiles(device)
         if limit is not None:
             report.notes.append(f"Allocator: {tune_allocator().reason}.")
-        if device.type == "cuda" or tokens is None:
-            most = self.config.memory.gpu_batch_size if device.type == "cuda" else quantization.batch_size
-            micro = min(quantization.batch_size, most)
-            resident = self._tail is not None and fits_on_gpu(self._source, device, dtype)
+        if device.type == "cuda":
             return Means(
                 device=device,
                 dtype=dtype,
-                micro_batch=micro,
+                micro_batch=min(quantization.batch_size, self.config.memory.gpu_batch_size),
                 spill_folder=None,
-                resident=resident,
+                resident=self._tail is not None and fits_on_gpu(self._source, device, dtype),
                 compiles=compiles,
             )
-        with self._source.callable_head():
-            hidden, calls = Capture(self._source.model, list(self._source.blocks)).run(tokens[:1])
+        calls: list[Call] = []
+        shape: tuple[int, ...] = ()
+        if tokens is not None:
+            with self._source.callable_head():
+                hidden, calls = Capture(self._source.model, list(self._source.blocks)).run(tokens[:1])
+            shape = tuple(hidden.shape[1:])
         costs = [
             block_cost(
                 block,
                 call,
                 block_layers(block, name, quantization),
                 quantization,
-                samples=len(tokens),
-                sample_shape=tuple(hidden.shape[1:]),
+                samples=0 if tokens is None else len(tokens),
+                sample_shape=shape,
                 dtype=dtype,
                 trains=quantization.trains,
                 compiles=compiles,
@@ -388,15 +392,16 @@ class AutoRound:
             for block, name, call in self._one_of_each(calls)
         ]
         cost = max(costs, key=lambda cost: cost.weights + cost.sample)
+        cost = replace(cost, outside=outside_bytes(self._source.outside(quantization)))
         together = None
-        if self._tail is not None:
+        if self._tail is not None and tokens is not None:
             together = end_to_end_cost(
                 self._source,
                 calls,
                 self._tail,
                 quantization,
                 samples=len(tokens),
-                sample_shape=tuple(hidden.shape[1:]),
+                sample_shape=shape,
                 dtype=dtype,
             )
         try:
@@ -444,10 +449,10 @@ class AutoRound:
         is_long = weights * quantization.iters >= _WORTH_COMPILING
         return is_long and problem is None and self.config.memory.max_ram_mb is None
 
-    def _one_of_each(self, calls: list[Call]) -> Generator[tuple[nn.Module, str, Call]]:
-        """Yield the blocks that differ in their layers' shapes or settings, with name and call."""
+    def _one_of_each(self, calls: list[Call]) -> Generator[tuple[nn.Module, str, Call | None]]:
+        """Yield the blocks that differ in their layers' shapes or settings, with name and call, if any."""
         seen: set[object] = set()
-        for block, name, call in zip(self._source.blocks, self._source.block_names, calls, strict=True):
+        for block, name, call in zip_longest(self._source.blocks, self._source.block_names, calls):
             layers = block_layers(block, name, self.config.quantization)
             key = tuple((tuple(layer.weight.shape), settings) for layer, settings in layers)
             if key not in seen:

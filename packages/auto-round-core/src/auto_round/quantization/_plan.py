@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from auto_round.quantization._tail import Tail
 _MB = 2**20
 _SLACK_MB = 48
 """For what is not counted: the interpreter's own growth, buffers of files, holes in the heap."""
+_ROUNDED_BYTES = 6
 _EXPERTS_MB = 64
 """For what torch keeps of products in each number of rows that experts are given, filled up as they are."""
 _COMPILER_MB = 350
@@ -47,6 +48,8 @@ class BlockCost:
     """The activations of all samples between two blocks."""
     compiler: int = 0
     """Of torch's compiler, and gradients that compiled code makes all at once."""
+    outside: int = 0
+    """Of rounding the largest layer outside the blocks, once they are done."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +105,7 @@ class Plan:
 
 def block_cost(
     block: nn.Module,
-    call: Call,
+    call: Call | None,
     layers: list[tuple[Layer, LayerSettings]],
     config: QuantizationConfig,
     *,
@@ -117,7 +120,7 @@ def block_cost(
 
     Args:
         block: May be on the meta device; it is not changed.
-        call: How it is called.
+        call: How it is called; None where no samples are run.
         layers: What is quantised in it.
         config: Method and batch.
         samples: Samples of calibration; 0 where none are run.
@@ -145,10 +148,15 @@ def block_cost(
     return BlockCost(
         weights=weights,
         accumulated=sum(sizes) * dtype.itemsize if trains else 0,
-        sample=_activation_bytes(block, call, layers, sample_shape, dtype, trains) if samples else 0,
+        sample=0 if call is None else _activation_bytes(block, call, layers, sample_shape, dtype, trains),
         streams=(2 if config.enable_quanted_input else 3) * samples * activations * dtype.itemsize,
         compiler=_COMPILER_MB * _MB + sum(sizes) * dtype.itemsize if compiles else 0,
     )
+
+
+def outside_bytes(layers: Iterable[tuple[Layer, LayerSettings]]) -> int:
+    """Return what rounding the largest of the layers takes: its weight in fp32, and its codes."""
+    return max((layer.weight.numel() * _ROUNDED_BYTES for layer, _ in layers), default=0)
 
 
 def end_to_end_cost(
@@ -273,7 +281,8 @@ def spill_folder(workspace: Path, plan: Plan) -> Path | None:
 def _needed_mb(cost: BlockCost, micro_batch: int, spills: bool, batch: int) -> float:
     accumulated = cost.accumulated if micro_batch < batch else 0
     streams = 0 if spills else cost.streams
-    return (cost.weights + accumulated + cost.sample * micro_batch + streams) / _MB + _SLACK_MB
+    block = cost.weights + accumulated + cost.sample * micro_batch
+    return (max(block, cost.outside) + streams) / _MB + _SLACK_MB
 
 
 def _together_mb(cost: EndToEndCost, micro_batch: int, spills: bool) -> float:
