@@ -52,6 +52,20 @@ def test_rows_beyond_the_last_group_are_nothing() -> None:
     assert found.tolist() == [[8.0] * 4] * 3 + [[0.0] * 4] * 2
 
 
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 200])
+def test_a_layer_of_rows_is_what_it_is_without(count: int) -> None:
+    layer = torch.nn.Linear(16, 8).bfloat16()
+    rows = torch.randn(count, 16).bfloat16().requires_grad_()
+    expected = layer(rows)
+    wanted = torch.autograd.grad(expected.float().square().sum(), [rows, *layer.parameters()])
+    with FewShapes():
+        found = layer(rows)
+        gradients = torch.autograd.grad(found.float().square().sum(), [rows, *layer.parameters()])
+    torch.testing.assert_close(found, expected)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, want, rtol=2e-2, atol=2e-2)
+
+
 def test_the_shapes_are_few_and_not_much_larger() -> None:
     counts = {len(_filled(torch.empty(count, 1))) for count in range(1, 4097)}
     assert len(counts) < 40
@@ -93,7 +107,12 @@ with FewShapes():
     for step in range(60):
         rows = torch.randn(256, 256, generator=generator).bfloat16().requires_grad_()
         offs = torch.randint(0, 257, (4,), generator=generator).sort().values.int()
-        torch.nn.functional.grouped_mm(rows, weights, offs=offs).square().sum().backward()
+        if together:
+            found = torch.nn.functional.grouped_mm(rows, weights, offs=offs)
+        else:
+            parts = rows.tensor_split(offs.tolist())
+            found = torch.cat([torch.nn.functional.linear(*pair) for pair in zip(parts, weights)])
+        found.square().sum().backward()
         weights.grad = None
         if step == 9:
             before = rss()
@@ -102,7 +121,9 @@ print(rss() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_memory_does_not_grow_with_the_batches() -> None:
-    done = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("together", [True, False])
+def test_memory_does_not_grow_with_the_batches(together: bool) -> None:
+    script = f"{together = }\n{_SCRIPT}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     # Without this it is some 200 MB.
     assert float(done.stdout) < 30

@@ -11,6 +11,7 @@ from torch import Tensor
 from auto_round.config_manager import QuantizationConfig
 from auto_round.exceptions import ConfigurationError
 from auto_round.quantization._calibration import calibration_tokens
+from auto_round.quantization._experts import FewShapes
 from auto_round.quantization._self_written import self_written_tokens
 
 
@@ -64,15 +65,16 @@ def calibration_sequences(
     if own < settings.nsamples:
         parts.append(calibration_tokens(data, tokenizer, nsamples=settings.nsamples - own, **size))
     if own:
-        written = self_written_tokens(
-            model,
-            tokenizer=tokenizer,
-            nsamples=own,
-            batch_size=batch_size,
-            device=device,
-            progress=progress,
-            **size,
-        )
+        with FewShapes():
+            written = self_written_tokens(
+                model,
+                tokenizer=tokenizer,
+                nsamples=own,
+                batch_size=batch_size,
+                device=device,
+                progress=progress,
+                **size,
+            )
         parts.append(written)
     order = torch.cat([torch.arange(len(part)) for part in parts]).argsort(stable=True)
     return torch.cat(parts)[order]

@@ -21,7 +21,10 @@ _ROWS = 64
 
 
 class FewShapes(TorchFunctionMode):
-    """Computes products of groups of rows on a CPU in few shapes, within a `with` in this thread."""
+    """Computes products of groups of rows on a CPU in few shapes, within a `with` in this thread.
+
+    Those that torch or transformers computes for all experts at once, and those of single experts.
+    """
 
     def __torch_function__(
         self,
@@ -36,7 +39,20 @@ class FewShapes(TorchFunctionMode):
             others = {name for name, value in kwargs.items() if value is not None}
             if others == {"offs"} and rows.ndim == 2 and weights.ndim == 3 and rows.device.type == "cpu":
                 return cast("Any", _Grouped).apply(rows, weights, kwargs["offs"].tolist())
+        if func is F.linear and _is_an_experts(*args, **kwargs):
+            count = len(args[0])
+            return func(_filled(args[0]), *args[1:], **kwargs)[:count]
         return func(*args, **kwargs)
+
+
+def _is_an_experts(rows: object = None, *_: object, **__: object) -> bool:
+    """Return whether a layer is given rows out of sequences, in a type for which torch keeps what it made."""
+    return (
+        isinstance(rows, Tensor)
+        and rows.ndim == 2
+        and rows.device.type == "cpu"
+        and rows.dtype in (torch.bfloat16, torch.float16)
+    )
 
 
 class _Grouped(torch.autograd.Function):
