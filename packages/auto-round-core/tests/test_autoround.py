@@ -543,6 +543,31 @@ def test_calibration_that_does_not_do(llama: str, quick: Quick) -> None:
         rounder.quantize()
 
 
+def test_a_tokenizer_without_its_files_is_none(llama: str) -> None:
+    config = {"quantization": QUANTIZATION}
+    with (
+        AutoRound(llama, config=config, calibration=["some text " * 50], progress=False) as rounder,
+        pytest.raises(CalibrationError, match="tokenizer"),
+    ):
+        rounder.quantize()
+
+
+def test_the_default_type_of_tensors_does_not_matter(llama: str, quick: Quick) -> None:
+    fields: list[dict[str, Any]] = [
+        {},
+        {"quality": "best"},
+        {"quality": "rtn", "weight_dtype": "nvfp4", "bits": 4, "group_size": 16},
+        {"weight_dtype": "fp8", "bits": 8, "group_size": -1},
+    ]
+    expected = [quick(llama, **one) for one in fields]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [quick(llama, **one) for one in fields]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(same(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_text_is_calibrated_with(llama: str) -> None:
     config = {"quantization": {**QUANTIZATION, "iters": 1, "nsamples": 2}}
     with AutoRound(
@@ -585,7 +610,7 @@ def test_a_model_is_never_there_without_its_report(
     rounder = quick(llama, iters=0)
     with monkeypatch.context() as patch:
         patch.setattr("auto_round.quantization._autoround.save_html", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ExportError, match=r"out cannot be written: No space left.*export_path"):
             rounder.save(tmp_path / "out", "fake")
     assert list(tmp_path.iterdir()) == []
     rounder.save(tmp_path / "out", "fake")

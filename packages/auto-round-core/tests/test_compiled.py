@@ -1,5 +1,6 @@
 """What is compiled does what it does as it is, and where compiling fails the work goes on."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from auto_round.exceptions import ConfigurationError
 from auto_round.quantization import _autoround
 from auto_round.quantization._block_loss import BlockLoss
 from auto_round.quantization._capture import Call, Capture
-from auto_round.quantization._compiled import missing_compiler
+from auto_round.quantization._compiled import Compiled, missing_compiler
 from auto_round.quantization._pieces import Scratch
 from auto_round.quantization._report import BlockReport
 from auto_round.quantization._tuning import make_tuner
@@ -200,6 +201,34 @@ def test_what_cannot_be_compiled_is_run_as_it_is_and_said_once(script: str) -> N
     )
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("torch.compile failed") == 1, run.stderr
+
+
+@needs_compiler
+def test_a_folder_for_compiled_code_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    script = """
+from auto_round.quantization._compiled import Compiled
+import torch
+assert Compiled(lambda x: x + 1, dynamic=False, precise=True)(torch.ones(1)).item() == 2
+"""
+    (tmp_path / "file").touch()
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "x")},
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("torch.compile failed") == 1, run.stderr
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_many_kinds_are_compiled_in_one_process() -> None:
+    compiled = Compiled(lambda x: x + 1, dynamic=False, precise=True)
+    for size in range(2, 13):
+        assert compiled(torch.ones(size)).sum() == 2 * size
+    assert compiled.works
 
 
 def test_compiling_is_refused_where_there_is_no_compiler(

@@ -193,6 +193,24 @@ def test_other_threads_keep_the_functions_that_they_had():
     assert "Rotated" not in seen[1]
 
 
+def test_threads_that_overlap_leave_nothing_behind():
+    original = globals()["apply_rotary_pos_emb"]
+    begun, ended = threading.Event(), threading.Event()
+
+    def longer() -> None:
+        with fast_training(Rotating()):
+            begun.set()
+            ended.wait(10)
+
+    thread = threading.Thread(target=longer)
+    with fast_training(Rotating()):
+        thread.start()
+        begun.wait(10)
+    ended.set()
+    thread.join()
+    assert globals()["apply_rotary_pos_emb"] is original
+
+
 def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     def turn(x: Tensor) -> Tensor:
         pairs = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)

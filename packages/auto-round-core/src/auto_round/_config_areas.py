@@ -153,8 +153,8 @@ class QuantizationConfig(Area):
         self._check_choice("quality", ("rtn", "optimized_rtn", "signround", "best"))
         self._check_choice("calibration", ("user", "self", "mixed"))
         self._check_int("iters", least=0)
-        if self.compile is not None:
-            self._check_flags("compile")
+        if self.compile is not None and not isinstance(self.compile, bool):
+            self._refuse("compile", "True, False or None")
         if self.end_to_end_iters is not None:
             self._check_int("end_to_end_iters", least=0)
         self._check_int("nsamples", "seqlen", "batch_size", "gradient_accumulate_steps", least=1)

@@ -10,6 +10,7 @@ from auto_round.config_manager import AutoRoundConfig, LayerSettings
 from auto_round.exceptions import ConfigurationError
 from auto_round.export import _auto_round, _fake
 from auto_round.export._files_beside import save_tokenizer
+from auto_round.export._shards import not_written
 from auto_round.export._whole_folder import check_folder, whole_folder
 from auto_round.quantization._results import ResultStore
 from auto_round.quantization._source import FloatModel
@@ -83,7 +84,10 @@ def export_model(
         _WRITERS[format_name](source, store, temporary, config.export.max_shard_bytes)
         save_tokenizer(tokenizer, source.folder, temporary)
         if beside is not None:
-            beside(temporary)
+            try:
+                beside(temporary)
+            except OSError as error:
+                raise not_written(folder, error) from error
 
 
 def _check_alike(layers: Mapping[str, LayerSettings]) -> None:

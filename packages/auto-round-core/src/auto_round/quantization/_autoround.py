@@ -276,12 +276,24 @@ class AutoRound:
         if not layers:
             raise QuantizationError(f"all layers of {self._name} are left out by quantization.ignore_layers.")
         every = [layer.name for layer in self._source.all_layers()]
+        for pattern in quantization.ignore_layers:
+            # The usual one stands for models of all kinds.
+            if pattern != "lm_head" and not any(quantization.matches(pattern, name) for name in every):
+                raise ConfigurationError(
+                    f"quantization.ignore_layers names {shown(pattern)}, which is no layer of the model; its "
+                    f"layers are named like {every[0]} and {every[-1]}."
+                )
         for pattern in quantization.layer_config:
             if not any(quantization.matches(pattern, name) for name in every):
                 raise ConfigurationError(
                     f"quantization.layer_config names {shown(pattern)}, which is no layer of the model; its "
                     f"layers are named like {every[0]} and {every[-1]}."
                 )
+        if getattr(getattr(self._source.model, "config", None), "is_encoder_decoder", False):
+            raise QuantizationError(
+                f"{self._name} is an encoder with a decoder, whose blocks lie in two lists; models with one "
+                "list of repeated blocks are quantised, so give the encoder or the decoder as a module."
+            )
         limit = self._source.max_tokens
         if quantization.needs_calibration and limit is not None and quantization.seqlen > limit:
             raise ConfigurationError(
@@ -346,12 +358,16 @@ class AutoRound:
         if self._tokenizer is None and self._source.folder is not None:
             transformers = import_transformers()
             try:
-                self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                found = transformers.AutoTokenizer.from_pretrained(
                     self._source.folder, trust_remote_code=self._trust_remote_code
                 )
             except (OSError, ValueError, KeyError, TypeError):
                 # Token ids need none, and text is refused with the reason where it is read.
                 return None
+            # Without its files a tokenizer is made up that knows no text.
+            names = {"tokenizer.json", *getattr(found, "vocab_files_names", {}).values()}
+            if any((self._source.folder / name).is_file() for name in (*names, "tokenizer_config.json")):
+                self._tokenizer = found
         return self._tokenizer
 
     def _plan(self, tokens: Tensor | None, workspace: Path, report: QuantizationReport) -> Means:

@@ -9,17 +9,20 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 _LOG = logging.getLogger(__name__)
+_MOST_KINDS = 64
 
 
 def missing_compiler(device: torch.device) -> str | None:
     """Return what `torch.compile` lacks for a device, with the remedy, or None if nothing is known to."""
     cxx = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(cxx) is None:
+    if shutil.which(cxx.split()[0]) is None:
         return f"there is no C++ compiler {cxx}; install one, or name it in the environment as CXX"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "triton is not installed, which torch needs to compile for a GPU"
@@ -40,8 +43,15 @@ class Compiled:
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._inductor")
         # In this process: a pool of others would take memory of its own, for a handful of functions.
         options = {"compile_threads": 1, "emulate_precision_casts": precise}
-        compiled = torch.compile(function, dynamic=dynamic, fullgraph=True, options=options)  # pyright: ignore
-        self._compiled: Callable[..., Any] | None = cast("Callable[..., Any]", compiled)
+        self._compiled: Callable[..., Any] | None = None
+        try:
+            compiled = torch.compile(function, dynamic=dynamic, fullgraph=True, options=options)  # pyright: ignore
+            self._compiled = cast("Callable[..., Any]", compiled)
+            # One for each kind of block and each form of a weight, in a process that may do several models.
+            limits: Any = import_module("torch._dynamo.config")
+            limits.recompile_limit = max(limits.recompile_limit, _MOST_KINDS)
+        except Exception as failure:  # noqa: BLE001 - such as a folder for its files that cannot be made
+            self.give_up(failure)
 
     @property
     def works(self) -> bool:
@@ -53,7 +63,7 @@ class Compiled:
         if self._compiled is None:
             return self._function(*args)
         # A float would be compiled in, and each other value would be compiled again.
-        given = [torch.tensor(value) if isinstance(value, float) else value for value in args]
+        given = [_scalar(value) if isinstance(value, float) else value for value in args]
         try:
             return self._compiled(*given)
         except torch.OutOfMemoryError:
@@ -67,6 +77,11 @@ class Compiled:
         self._compiled = None
         reason = str(failure).strip().splitlines()
         _LOG.warning(
-            "torch.compile failed, so training goes on without it, at the same results and less speed: %s",
-            reason[0] if reason else type(failure).__name__,
+            "torch.compile failed, so training goes on without it, as well and more slowly: %s: %s",
+            type(failure).__name__,
+            reason[0] if reason else "it gives no reason",
         )
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from types import ModuleType
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +38,7 @@ def fast_training(block: nn.Module) -> Generator[None]:
             if _replace_norm(module):
                 stack.callback(delattr, module, "forward")
         for home in {sys.modules[type(module).__module__] for module in block.modules()}:
-            original = vars(home).get("apply_rotary_pos_emb")
-            if original is not None and _rotates_halves(original):
-                setattr(home, "apply_rotary_pos_emb", _rotary(original, threading.get_ident()))  # noqa: B010
-                stack.callback(setattr, home, "apply_rotary_pos_emb", original)
+            stack.enter_context(_rotary_of(home))
         stack.enter_context(Attention())
         yield
 
@@ -236,29 +235,57 @@ class _Rotated(torch.autograd.Function):
         return d_x, None, None
 
 
-def _rotary(original: Callable[..., Any], thread: int) -> Callable[..., Any]:
-    """Return rotary positions that are faster in one thread, and as they were in all others."""
+class _Rotary:
+    """Stands for a module's function of rotary positions: faster in some threads, as it was in all others.
 
-    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+    What it is to stand for is known once for the module, whichever threads come and go.
+    """
+
+    lock: ClassVar = threading.Lock()
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
+        self.threads = Counter[int]()
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         plain = not args and not kwargs and q.ndim == k.ndim == 4 and cos.ndim == 3
         fits = plain and q.shape[-1] == cos.shape[-1] and q.dtype == cos.dtype and q.device.type == "cpu"
-        if not fits or threading.get_ident() != thread:
-            return original(q, k, cos, sin, *args, **kwargs)
+        if torch.compiler.is_compiling() or not fits or threading.get_ident() not in self.threads:
+            return self.original(q, k, cos, sin, *args, **kwargs)
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         rotated = cast("Any", _Rotated)
         return rotated.apply(q, cos, sin), rotated.apply(k, cos, sin)
 
-    return apply
+
+@contextmanager
+def _rotary_of(home: ModuleType) -> Generator[None]:
+    """Have a module's rotary positions be faster within a `with`, in this thread, if they are Llama's."""
+    thread = threading.get_ident()
+    with _Rotary.lock:
+        found = vars(home).get("apply_rotary_pos_emb")
+        if found is not None and not isinstance(found, _Rotary) and _rotates_halves(found):
+            found = home.apply_rotary_pos_emb = _Rotary(found)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(found, _Rotary):
+            found.threads[thread] += 1
+    try:
+        yield
+    finally:
+        if isinstance(found, _Rotary):
+            with _Rotary.lock:
+                found.threads -= Counter([thread])
+                if not found.threads:
+                    home.apply_rotary_pos_emb = found.original  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _rotates_halves(apply: Callable[..., Any]) -> bool:
     """Return whether a function rotates queries and keys as Llama does."""
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, heads, 3, 8, generator=generator) for heads in (2, 1))
-    cos, sin = (torch.randn(1, 3, 8, generator=generator) for _ in range(2))
+    q, k = (torch.randn(1, heads, 3, 8, dtype=torch.float32, generator=generator) for heads in (2, 1))
+    cos, sin = (torch.randn(1, 3, 8, dtype=torch.float32, generator=generator) for _ in range(2))
     try:
         given = apply(q, k, cos, sin)
     except (TypeError, RuntimeError):
         return False
-    own = _rotary(apply, threading.get_ident())(q, k, cos, sin)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    own = [cast("Any", _Rotated).apply(x, cos, sin) for x in (q, k)]
     return all(torch.allclose(left, right, atol=1e-6) for left, right in zip(given, own, strict=True))

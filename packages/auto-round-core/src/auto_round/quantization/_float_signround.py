@@ -28,8 +28,8 @@ class FloatSignRound:
         self._weight, self._settings = weight, settings
         self._rate, self._range_rate = rate, range_rate
         shape = grouped(weight, settings.group_size).shape
-        self._offset = torch.zeros(shape, device=weight.device)
-        self._factor = torch.ones(shape[:2], device=weight.device)
+        self._offset = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+        self._factor = torch.ones(shape[:2], dtype=torch.float32, device=weight.device)
         self._best = self._quantized()
 
     def write(self, target: Tensor, *, keep: bool = False) -> None:

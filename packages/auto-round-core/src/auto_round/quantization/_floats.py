@@ -102,7 +102,7 @@ def encode(
     """Round weights `[out, in]` with scales that are stored already."""
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     values = scale_values(scale, settings, global_scale)
-    table = torch.tensor(E2M1, device=weight.device)
+    table = torch.tensor(E2M1, dtype=torch.float32, device=weight.device)
     for rows in row_chunks(*weight.shape):
         units = grouped(weight[rows], settings.group_size).float() / values[rows].unsqueeze(-1)
         if offset is not None:

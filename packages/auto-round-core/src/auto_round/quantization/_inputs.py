@@ -105,7 +105,7 @@ class InputStatistics:
         """Return the mean square of each input channel, fp32 [width]; ones for a layer that had no inputs."""
         if layer.name not in self._squares:
             # An expert to which nothing was sent has no say about its channels.
-            return torch.ones(width)
+            return torch.ones(width, dtype=torch.float32)
         return (self._squares[layer.name] / self._counts[layer.name]).float()
 
     def largest(self, layer: Layer) -> Tensor:

@@ -67,7 +67,7 @@ class Scratch:
             return (None,) * _BUFFERS
         count = like.numel()
         if not self._buffers or len(self._buffers[0]) < count:
-            self._buffers = [torch.empty(count, device=self.device) for _ in range(_BUFFERS)]
+            self._buffers = list(torch.empty(_BUFFERS, count, dtype=torch.float32, device=self.device))
         return tuple(buffer[:count].view(like.shape) for buffer in self._buffers)
 
 

@@ -265,6 +265,8 @@ def make_plan(
     if held_mb + _needed_mb(cost, 1, True, batch) + cost.compiler / _MB < smallest:
         what = "training all scales together takes"
         remedy = ", quantization.end_to_end_iters 0"
+    if cost.compiler:
+        remedy += ", quantization.compile False"
     raise ConfigurationError(
         f"memory.max_ram_mb is {max_ram_mb}, but {what} {smallest:.0f} MB even with "
         f"activations on disk and one sample at a time ({held_mb:.0f} MB are in use already). Set it to at "

@@ -69,5 +69,5 @@ class QuantizedWeight:
             return elements
         if self.settings.weight_dtype == "fp8":
             return codes.view(torch.float8_e4m3fn).float()
-        table = torch.tensor((*E2M1, *(-value for value in E2M1)), device=codes.device)
+        table = torch.tensor((*E2M1, *(-value for value in E2M1)), dtype=torch.float32, device=codes.device)
         return table.index_select(0, codes.flatten().int()).view(codes.shape)

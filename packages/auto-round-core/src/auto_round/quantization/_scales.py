@@ -54,7 +54,7 @@ class ScaledLayer:
         assert leaf.grad is not None  # noqa: S101
         weight, matrix = self.weight, self.layer.matrix(leaf.grad)
         if self.gradient is None:
-            self.gradient = torch.zeros(weight.scale.shape, device=leaf.device)
+            self.gradient = torch.zeros(weight.scale.shape, dtype=torch.float32, device=leaf.device)
         with torch.no_grad():
             for rows in row_chunks(*matrix.shape):
                 elements = QuantizedWeight(
@@ -225,7 +225,7 @@ class ScaledBlocks:
             return block
         if index not in self._states:
             self._states[index] = Stream(4, (start,), torch.float32, self._folder)
-            self._states[index].write(range(4), torch.zeros(4, start))
+            self._states[index].write(range(4), torch.zeros(4, start, dtype=torch.float32))
         growth = self._states[index].read((_GROWTH,))[0].to(self._device)
         for one in block.trained:
             one.fill(growth, self._scale_dtype)

@@ -92,7 +92,7 @@ class IntegerSignRound:
             scale_N, zero_N = symmetric_scale(low_N, high_N, settings.bits, scale_dtype), None
         else:
             scale_N, zero_N = asymmetric_scale(low_N, high_N, settings.bits, scale_dtype)
-        offset_NK = torch.zeros(len(low_N), size, device=scratch.device)
+        offset_NK = torch.zeros(len(low_N), size, dtype=torch.float32, device=scratch.device)
         self._all = _Groups(
             low_N=low_N,
             high_N=high_N,

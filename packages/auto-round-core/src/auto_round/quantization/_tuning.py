@@ -110,7 +110,7 @@ def tune_block(
             tuner.write(matrix, keep=True)
         tuners.append((layer, leaf, tuner))
 
-    base = torch.empty(samples)
+    base = torch.empty(samples, dtype=torch.float32)
     with torch.no_grad():
         for batch in batches(list(range(samples)), micro_batch):
             output = call(len(batch))(block, inputs.read(batch).to(device))
