@@ -1,5 +1,6 @@
 import gc
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from llm_trainer.data import create_dataloader
+from llm_trainer.data import _loader, create_dataloader
 from llm_trainer.exceptions import ConfigurationError, DataError, TrainingError
 from torch.utils.data import Dataset, IterableDataset
 
@@ -171,6 +172,26 @@ def test_a_killed_worker_is_named_and_the_next_pass_has_new_ones():
         list(batches)
     loader.set_position(0, 199)
     assert len(places(loader)) == 1
+
+
+def test_a_killed_worker_is_named_also_where_torchs_handler_was_left(monkeypatch):
+    """The handler raises once for each process that ends, wherever the main thread is."""
+    waits = []
+
+    def interrupted(*given, **named):
+        waits.append(1)
+        if len(waits) == 1:
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+        return multiprocessing.connection.wait(*given, **named)
+
+    monkeypatch.setattr(_loader, "wait", interrupted)
+    batches = iter(create_dataloader(Numbered(400), batch_size=2, num_workers=2, seed=1))
+    next(batches)
+    victim = multiprocessing.active_children()[0]
+    os.kill(victim.pid, signal.SIGKILL)
+    with pytest.raises(TrainingError, match=rf"process {victim.pid} ended with exit code -9"):
+        list(batches)
+    assert len(waits) == 2
 
 
 def test_errors_of_a_data_set_pass_unchanged():

@@ -289,10 +289,15 @@ def _starting_workers() -> Generator[None]:
 
 def _dead_workers(batches: Any) -> list[BaseProcess]:
     workers: dict[int, BaseProcess] = {worker.sentinel: worker for worker in getattr(batches, "_workers", ())}
-    ended = [workers[cast("int", sentinel)] for sentinel in wait(list(workers), timeout=0.5)]
-    for worker in ended:
-        worker.join(0.5)
-    return ended
+    while True:
+        try:
+            ended = [workers[cast("int", sentinel)] for sentinel in wait(list(workers), timeout=0.5)]
+            for worker in ended:
+                worker.join(0.5)
+        except RuntimeError:
+            # A loader of torch's own, used before, leaves a handler that raises once wherever it finds us.
+            continue
+        return ended
 
 
 _COLUMNS = 32
