@@ -103,7 +103,7 @@ def test_blocks_of_one_kind_share_a_compiled_loss_and_keep_their_own_weights(
             parameter.requires_grad_(parameter.ndim == 2 and "norm" not in name)
         found: list[list[Tensor]] = []
         for loss in (compiled, plain):
-            with loss.fast(block, call, hidden, target):
+            with loss.fast(block, lambda call=call: (call, hidden, target)):
                 assert all(parameter.grad is None for parameter in block.parameters())
                 found.append(gradients(loss, block, call))
         for one, other in zip(*found, strict=True):

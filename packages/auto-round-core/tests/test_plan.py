@@ -183,13 +183,34 @@ def test_methods_that_keep_more_cost_more(random_model: Callable[..., Any], cali
     assert cost_of(model, calibration_ids, torch.bfloat16).streams == signround.streams / 2
 
 
-_MEASURED = """
+_PRELUDE = """
 import json, sys, torch
 import transformers
 from auto_round.quantization import _autoround
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+
+plans = []
+original = _autoround.make_plan
+_autoround.make_plan = lambda *given: plans.append(original(*given)) or plans[-1]
+"""
+
+
+def measured(script: str, *arguments: object) -> list[Any]:
+    """Return the lines of JSON that a script prints in a fresh process, in which `plans` fills up."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PRELUDE + script, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+_MEASURED = """
 
 sizes = dict(vocab_size=512, hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
 if sys.argv[2] == "llama":
@@ -200,9 +221,6 @@ else:
         intermediate_size=512, num_hidden_layers=2, num_local_experts=4, **sizes
     )
     transformers.MixtralForCausalLM(config).save_pretrained(sys.argv[1])
-plans = []
-original = _autoround.make_plan
-_autoround.make_plan = lambda *given: plans.append(original(*given)) or plans[-1]
 ids = torch.randint(0, 512, (8, 256), generator=torch.Generator().manual_seed(0))
 # The first run brings libraries into memory, and the limit of the last is too little for a whole batch. All
 # have a limit: without one, memory that was freed is kept for speed.
@@ -222,15 +240,7 @@ for less in (0, 0, 30):
 @pytest.mark.parametrize("family", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_what_is_expected_is_not_exceeded(family: str, tmp_path: Path) -> None:
     """Blocks of 3.4 or 4.2 million weights, with ample memory and with less than a whole batch takes."""
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURED, str(tmp_path / "model"), family],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    first, ample, tight = (json.loads(line) for line in done.stdout.splitlines())
+    first, ample, tight = measured(_MEASURED, tmp_path / "model", family)
     assert first[1] <= first[2] or family == "llama"
     assert ample[1] <= ample[2]
     assert ample[3:5] == [8, False]
@@ -242,21 +252,12 @@ def test_what_is_expected_is_not_exceeded(family: str, tmp_path: Path) -> None:
 
 
 _HEAD = """
-import json, sys, torch
-import transformers
-from auto_round.quantization import _autoround
-
-def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
 
 config = transformers.LlamaConfig(
     vocab_size=40000, hidden_size=512, num_attention_heads=8, num_key_value_heads=8, intermediate_size=512,
     num_hidden_layers=1,
 )
 transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[1])
-plans = []
-original = _autoround.make_plan
-_autoround.make_plan = lambda *given: plans.append(original(*given)) or plans[-1]
 fields = dict(quality="rtn", ignore_layers=[], layer_config={"lm_head": {"bits": 8}}, symmetric=False)
 for limit in (10**6, 10**6):
     given = {"quantization": fields, "memory": {"max_ram_mb": limit}}
@@ -276,36 +277,19 @@ except _autoround.ConfigurationError as refused:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_head_that_is_rounded_is_part_of_the_plan(tmp_path: Path) -> None:
     """Of 20 million weights, beside one small block and no calibration."""
-    done = subprocess.run(
-        [sys.executable, "-c", _HEAD, str(tmp_path / "model")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    measured, refused = (json.loads(line) for line in done.stdout.splitlines())
-    peak, needed = measured
+    sizes, refused = measured(_HEAD, tmp_path / "model")
+    peak, needed = sizes
     assert needed - 60 <= peak <= needed
     assert "memory.max_ram_mb" in refused
 
 
 _TOGETHER = """
-import json, sys, torch
-import transformers
-from auto_round.quantization import _autoround
-
-def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
 
 config = transformers.LlamaConfig(
     vocab_size=20000, hidden_size=512, num_attention_heads=8, num_key_value_heads=8, intermediate_size=1536,
     num_hidden_layers=10,
 )
 transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[1])
-plans = []
-original = _autoround.make_plan
-_autoround.make_plan = lambda *given: plans.append(original(*given)) or plans[-1]
 ids = torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(0))
 fields = dict(quality="rtn", nsamples=8, seqlen=64, end_to_end_iters=2)
 limit = 10**6
@@ -325,15 +309,7 @@ for less in (0, 20):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_training_all_scales_holds_no_more_blocks_than_the_limit_has_room_for(tmp_path: Path) -> None:
     """Ten blocks of 3.4 million weights, which take 170 MB with their codes."""
-    done = subprocess.run(
-        [sys.executable, "-c", _TOGETHER, str(tmp_path / "model")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    all_there, less = (json.loads(line) for line in done.stdout.splitlines())
+    all_there, less = measured(_TOGETHER, tmp_path / "model")
     assert all_there[3]
     limit, peak, needed, resident, loss = less
     assert not resident

@@ -276,19 +276,15 @@ class AutoRound:
         if not layers:
             raise QuantizationError(f"all layers of {self._name} are left out by quantization.ignore_layers.")
         every = [layer.name for layer in self._source.all_layers()]
-        for pattern in quantization.ignore_layers:
-            # The usual one stands for models of all kinds.
-            if pattern != "lm_head" and not any(quantization.matches(pattern, name) for name in every):
-                raise ConfigurationError(
-                    f"quantization.ignore_layers names {shown(pattern)}, which is no layer of the model; its "
-                    f"layers are named like {every[0]} and {every[-1]}."
-                )
-        for pattern in quantization.layer_config:
-            if not any(quantization.matches(pattern, name) for name in every):
-                raise ConfigurationError(
-                    f"quantization.layer_config names {shown(pattern)}, which is no layer of the model; its "
-                    f"layers are named like {every[0]} and {every[-1]}."
-                )
+        # The usual one to ignore stands for models of all kinds.
+        ignored = [pattern for pattern in quantization.ignore_layers if pattern != "lm_head"]
+        for field, patterns in (("ignore_layers", ignored), ("layer_config", quantization.layer_config)):
+            for pattern in patterns:
+                if not any(quantization.matches(pattern, name) for name in every):
+                    raise ConfigurationError(
+                        f"quantization.{field} names {shown(pattern)}, which is no layer of the model; its "
+                        f"layers are named like {every[0]} and {every[-1]}."
+                    )
         if getattr(getattr(self._source.model, "config", None), "is_encoder_decoder", False):
             raise QuantizationError(
                 f"{self._name} is an encoder with a decoder, whose blocks lie in two lists; models with one "

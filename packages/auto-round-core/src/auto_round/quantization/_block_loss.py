@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -25,26 +25,31 @@ class BlockLoss:
     def __init__(self, *, compiles: bool) -> None:
         self._compiled = Compiled(_block_errors, dynamic=False, precise=False) if compiles else None
 
-    @contextmanager
-    def fast(self, block: nn.Module, call: Call, hidden: Tensor, target: Tensor) -> Generator[None]:
-        """Have a block be run fast within a `with`; arguments as of a call, for one try.
+    def fast(
+        self, block: nn.Module, first: Callable[[], tuple[Call, Tensor, Tensor]]
+    ) -> AbstractContextManager[object]:
+        """Return a context in which a block is run fast.
 
-        Gradients of the block's parameters are gone afterwards.
+        Args:
+            block: Its parameters have no gradients afterwards.
+            first: Gives the other arguments of a call, for one try where it is compiled; they are not kept.
         """
-        if self._compiled is not None and self._compiled.works:
-            with Attention(compiled_for=hidden):
-                try:
-                    self(block, call, hidden, target).sum().backward()  # pyright: ignore[reportUnknownMemberType]
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as failure:  # noqa: BLE001 - the way back is compiled here
-                    self._compiled.give_up(failure)
-                block.zero_grad(set_to_none=True)
-                if self._compiled.works:
-                    yield
-                    return
-        with fast_training(block):
-            yield
+        works = self._compiled is not None and self._compiled.works
+        return (self._tried(block, *first()) if works else None) or fast_training(block)
+
+    def _tried(self, block: nn.Module, call: Call, hidden: Tensor, target: Tensor) -> Attention | None:
+        """Return what the block is to be run in if it can be compiled."""
+        assert self._compiled is not None  # noqa: S101
+        attention = Attention(compiled_for=hidden)
+        try:
+            with attention:
+                self(block, call, hidden, target).sum().backward()  # pyright: ignore[reportUnknownMemberType]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:  # noqa: BLE001 - the way back is compiled here
+            self._compiled.give_up(failure)
+        block.zero_grad(set_to_none=True)
+        return attention if self._compiled.works else None
 
     def __call__(self, block: nn.Module, call: Call, hidden: Tensor, target: Tensor) -> Tensor:
         """Return each sample's mean squared error, fp32 [samples].

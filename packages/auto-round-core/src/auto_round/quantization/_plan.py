@@ -234,7 +234,7 @@ def make_plan(
     batch = config.batch_size
 
     def plan(micro: int, spills: bool) -> Plan:
-        needed_mb = _needed_mb(cost, micro, spills, batch) + cost.compiler / _MB
+        needed_mb = _needed_mb(cost, micro, spills, batch)
         if together is not None:
             needed_mb = max(needed_mb, _together_mb(together, micro, spills))
         return Plan(micro_batch=micro, spills=spills, needed_mb=held_mb + needed_mb)
@@ -251,7 +251,8 @@ def make_plan(
     if max_ram_mb is None:
         ample_mb = _AMPLE * get_memory_stats().machine_available_mb
         spills = max(cost.streams, 0 if together is None else together.streams) / _MB > ample_mb
-        found = replace(plan(batch, spills), keeps_heap=_needed_mb(cost, batch, True, batch) < _SMALL_MB)
+        work_mb = _needed_mb(replace(cost, compiler=0), batch, True, batch)
+        found = replace(plan(batch, spills), keeps_heap=work_mb < _SMALL_MB)
         return with_all(found, held_mb + ample_mb)
     choices = [(batch, False), (batch, True)]
     while choices[-1][0] > 1:
@@ -262,7 +263,7 @@ def make_plan(
             return with_all(found, max_ram_mb)
     smallest = plans[-1].needed_mb
     what, remedy = "the largest block takes", ""
-    if held_mb + _needed_mb(cost, 1, True, batch) + cost.compiler / _MB < smallest:
+    if held_mb + _needed_mb(cost, 1, True, batch) < smallest:
         what = "training all scales together takes"
         remedy = ", quantization.end_to_end_iters 0"
     if cost.compiler:
@@ -284,7 +285,7 @@ def _needed_mb(cost: BlockCost, micro_batch: int, spills: bool, batch: int) -> f
     accumulated = cost.accumulated if micro_batch < batch else 0
     streams = 0 if spills else cost.streams
     block = cost.weights + accumulated + cost.sample * micro_batch
-    return (max(block, cost.outside) + streams) / _MB + _SLACK_MB
+    return (max(block, cost.outside) + cost.compiler + streams) / _MB + _SLACK_MB
 
 
 def _together_mb(cost: EndToEndCost, micro_batch: int, spills: bool) -> float:

@@ -87,7 +87,7 @@ class IntegerSignRound:
         size = width if settings.group_size == -1 else settings.group_size
         self._pieces = list(scratch.pieces((rows, width), size))
         ranges = [group_range(grouped(weight[piece.rows], size)) for piece in self._pieces]
-        low_N, high_N = (torch.cat([part.flatten() for part in parts]) for parts in zip(*ranges, strict=True))
+        low_N, high_N = (torch.cat([end.flatten() for end in ends]) for ends in zip(*ranges, strict=True))
         if settings.symmetric:
             scale_N, zero_N = symmetric_scale(low_N, high_N, settings.bits, scale_dtype), None
         else:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from auto_round.config_manager import LayerSettings, QuantizationConfig
 from auto_round.exceptions import QuantizationError
 from auto_round.quantization._block_ap import IntegerBlockAP
-from auto_round.quantization._block_loss import BlockLoss, sample_errors
+from auto_round.quantization._block_loss import BlockLoss
 from auto_round.quantization._capture import Call
 from auto_round.quantization._compute import scale_dtype_of
 from auto_round.quantization._float_signround import FloatSignRound
@@ -110,11 +110,13 @@ def tune_block(
             tuner.write(matrix, keep=True)
         tuners.append((layer, leaf, tuner))
 
+    def given(some: Sequence[int]) -> tuple[Call, Tensor, Tensor]:
+        return call(len(some)), inputs.read(some).to(device), targets.read(some).to(device)
+
     base = torch.empty(samples, dtype=torch.float32)
     with torch.no_grad():
         for batch in batches(list(range(samples)), micro_batch):
-            output = call(len(batch))(block, inputs.read(batch).to(device))
-            base[batch] = sample_errors(output, targets.read(batch).to(device)).cpu()
+            base[batch] = BlockLoss(compiles=False)(block, *given(batch)).cpu()
     loss_before = float(base.mean())
     if not math.isfinite(loss_before):
         raise QuantizationError(
@@ -131,12 +133,7 @@ def tune_block(
     recent = deque[float](maxlen=samples // size)
 
     with ExitStack() as stack:
-        first = list(range(min(size, micro_batch)))
-        stack.enter_context(
-            loss_of.fast(
-                block, call(len(first)), inputs.read(first).to(device), targets.read(first).to(device)
-            )
-        )
+        stack.enter_context(loss_of.fast(block, lambda: given(range(min(size, micro_batch)))))
         for layer, leaf, tuner in tuners:
             attach = cast("Callable[[object], RemovableHandle]", leaf.register_post_accumulate_grad_hook)  # pyright: ignore
             stack.callback(attach(_stepper(layer, tuner, state)).remove)
@@ -147,12 +144,8 @@ def tune_block(
             state.factor = _schedule(config.quality, step, config.iters)
             loss = 0.0
             for index, part in enumerate(parts):
-                # The target has no name here, so that it goes as soon as the gradient is there.
-                errors = loss_of(
-                    block, call(len(part)), inputs.read(part).to(device), targets.read(part).to(device)
-                )
-                error = errors.sum() / share
-                del errors
+                # What goes in and is to come out has no name here, so that nothing of it stays too long.
+                error = loss_of(block, *given(part)).sum() / share
                 loss += float(error.detach())
                 state.last = index == len(parts) - 1
                 if state.last:
