@@ -24,9 +24,9 @@ def settings(bits: int, group_size: int, symmetric: bool, weight_dtype: str = "i
     return LayerSettings(bits=bits, group_size=group_size, symmetric=symmetric, weight_dtype=weight_dtype)
 
 
-def inclusive_clamp(x: Tensor, least: float, most: float) -> Tensor:
-    """Clamp with a gradient of one on the bounds, whatever this release of torch gives there."""
-    return torch.where((x >= least) & (x <= most), x, x.clamp(least, most).detach())
+def exclusive_clamp(x: Tensor, least: float, most: float) -> Tensor:
+    """Clamp with no gradient on the bounds, whatever this release of torch gives there."""
+    return torch.where((x > least) & (x < most), x, x.clamp(least, most).detach())
 
 
 def reference(
@@ -39,7 +39,7 @@ def reference(
     else:
         scale, zero = asymmetric_scale(low * low_factor, high * high_factor, bits, torch.float16)
     code = straight_through_round(w / scale[..., None] + offset) + zero[..., None]
-    return ((inclusive_clamp(code, 0, 2**bits - 1) - zero[..., None]) * scale[..., None]).flatten(1)
+    return ((exclusive_clamp(code, 0, 2**bits - 1) - zero[..., None]) * scale[..., None]).flatten(1)
 
 
 def soft_sign(gradient: Tensor) -> Tensor:

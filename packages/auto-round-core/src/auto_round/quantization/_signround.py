@@ -7,7 +7,10 @@ Source: Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for 
     scale, zero = range_to_scale(low * a, high * b)
     q = clamp(round(w / scale + V), least, most)          centred codes; the weight becomes scale * q
 
-The gradients of these few formulas are written out here, with the straight-through estimator for rounding.
+The gradients of these few formulas are written out here, with the straight-through estimator for rounding
+and none through codes at either end of their range. Did gradients pass there (the paper leaves it open, and
+releases of torch differ in what they give for `clamp`), weights at 2 bits, of which half have an end's code,
+would fit the calibration by leaving the ends, and texts of another kind would lose by it.
 They are worked out together with the step and the next weight in one pass over pieces that stay in the
 processor's cache, so that a step costs a few reads of the weights and no graph of autograd. `torch.compile`
 can make one loop of the same lines.
@@ -167,21 +170,21 @@ def _update(bits: int, scale_dtype: torch.dtype, compiles: bool) -> Callable[...
         range_rate: float,
         buffers: Buffers,
     ) -> None:
-        code, unclipped, ratio = _round(w_NK, groups, bits, buffers)
+        code, inside, ratio = _round(w_NK, groups, bits, buffers)
         if keep:
             _keep(groups, code, bits, buffers)
         grad = gradient_NK.float() if buffers[3] is None else buffers[3].copy_(gradient_NK)
-        # d scale: sum of g * (q - (w / s) * [not clipped])
-        inner = torch.mul(ratio, unclipped, out=buffers[0])
+        # d scale: sum of g * (q - (w / s) * [inside])
+        inner = torch.mul(ratio, inside, out=buffers[0])
         by_scale_N = torch.sub(code, inner, out=buffers[0]).mul_(grad).sum(-1)
-        clipped_N = None if groups.zero_N is None else grad.sum(-1)
-        grad = torch.mul(grad, unclipped, out=buffers[3])
-        if clipped_N is not None:
-            clipped_N -= grad.sum(-1)
+        ends_N = None if groups.zero_N is None else grad.sum(-1)
+        grad = torch.mul(grad, inside, out=buffers[3])
+        if ends_N is not None:
+            ends_N -= grad.sum(-1)
         size_N = torch.abs(grad, out=buffers[1]).mean(-1).mul_(_FULL_STEP).add_(_TINY)
         grad = grad.mul_((groups.scale_N.sign() / size_N).unsqueeze(-1)).clamp_(-1, 1).mul_(rate)
         groups.offset_NK.sub_(grad).clamp_(-_REACH, _REACH)
-        _step_range(groups, by_scale_N, clipped_N, range_rate, bits)
+        _step_range(groups, by_scale_N, ends_N, range_rate, bits)
         _new_scale(groups, bits, scale_dtype)
         code, _, _ = _round(w_NK, groups, bits, buffers)
         target_NK.copy_(code.mul_(groups.scale_N.unsqueeze(-1)))
@@ -190,16 +193,20 @@ def _update(bits: int, scale_dtype: torch.dtype, compiles: bool) -> Callable[...
 
 
 def _round(w_NK: Tensor, groups: _Groups, bits: int, buffers: Buffers) -> tuple[Tensor, Tensor, Tensor]:
-    """Return centred codes, 1 where nothing was clipped and 0 elsewhere, and weight / scale."""
+    """Return centred codes, 1 where they are not at an end of their range and 0 elsewhere, weight / scale."""
+    most = (1 << bits) - 1
     ratio = torch.div(w_NK, groups.scale_N.unsqueeze(-1), out=buffers[0])
     whole = torch.add(ratio, groups.offset_NK, out=buffers[1]).round_()
     if groups.zero_N is None:
         code = torch.clamp(whole, -(1 << bits - 1), (1 << bits - 1) - 1, out=buffers[2])
+        inside = torch.add(code, 0.5, out=buffers[1])
     else:
         # Scalar bounds: torch clamps by tensors that are broadcast ten times as slowly.
         zero_N1 = groups.zero_N.unsqueeze(-1)
-        code = torch.add(whole, zero_N1, out=buffers[2]).clamp_(0, (1 << bits) - 1).sub_(zero_N1)
-    return code, torch.eq(whole, code, out=buffers[1]), ratio
+        code = torch.add(whole, zero_N1, out=buffers[2]).clamp_(0, most)
+        inside = torch.sub(code, most / 2, out=buffers[1])
+        code.sub_(zero_N1)
+    return code, inside.abs_().lt_(most / 2), ratio
 
 
 def _keep(groups: _Groups, code_NK: Tensor, bits: int, buffers: Buffers) -> None:
@@ -211,12 +218,10 @@ def _keep(groups: _Groups, code_NK: Tensor, bits: int, buffers: Buffers) -> None
     groups.best_codes_NK.copy_(torch.add(code_NK, zero, out=buffers[4]))
 
 
-def _step_range(
-    groups: _Groups, by_scale_N: Tensor, clipped_N: Tensor | None, rate: float, bits: int
-) -> None:
+def _step_range(groups: _Groups, by_scale_N: Tensor, ends_N: Tensor | None, rate: float, bits: int) -> None:
     """Turn the gradient of the scales into that of the range's factors, and step."""
     low_end, high_end, scale = groups.low_N, groups.high_N, groups.scale_N
-    if clipped_N is None:
+    if ends_N is None:
         # scale = +-max(-low a, high b) / 2**(bits - 1): only the larger side matters, both in a tie.
         below, above = -low_end * groups.low_factor_N, high_end * groups.high_factor_N
         signed = by_scale_N * scale.sign()
@@ -224,7 +229,7 @@ def _step_range(
         towards_high = signed * high_end * (above >= below)
     else:
         most = float((1 << bits) - 1)
-        by_zero = -scale * clipped_N
+        by_zero = -scale * ends_N
         # zero = round(-low / scale), scale = (high - low) / most
         low = low_end * groups.low_factor_N
         total = by_scale_N + by_zero * low / scale.square()
