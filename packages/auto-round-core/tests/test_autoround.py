@@ -543,6 +543,13 @@ def test_calibration_that_does_not_do(llama: str, quick: Quick) -> None:
         rounder.quantize()
 
 
+def test_fewer_samples_than_asked_for_are_noted(llama: str, quick: Quick) -> None:
+    with pytest.warns(UserWarning, match="holds 6 sequences of 16 tokens, not the 9"):
+        report = quick(llama, iters=1, nsamples=9).report
+    assert any("6 samples, not the 9" in note for note in report.notes)
+    assert not any("samples" in note for note in quick(llama, iters=1).report.notes)
+
+
 def test_a_tokenizer_without_its_files_is_none(llama: str) -> None:
     config = {"quantization": QUANTIZATION}
     with (

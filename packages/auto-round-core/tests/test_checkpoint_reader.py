@@ -420,7 +420,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "no JSON": (safetensors_bytes(b"{" + b"x" * 20), "JSON"),
     "no UTF-8": (safetensors_bytes(b'{"\xff": 1}'), "JSON"),
     "deep": (safetensors_bytes(b'{"a":' * 200_000), "JSON"),
-    "a list": (safetensors_bytes(b"[]"), "must be a JSON object"),
+    "a list": (safetensors_bytes(b"[]"), "must hold a JSON object"),
     "a name twice": (
         safetensors_bytes(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), bytes(4)),
         "'a' comes twice",

@@ -343,6 +343,7 @@ def test_a_file_by_hand(tmp_path):
         (b"[" * 200_000, "is not valid JSON"),
         (b'{"quantization": {"bits": ' + b"9" * 5000 + b"}}", "is not valid JSON"),
         (b"[1]", "must hold a JSON object, but holds a list"),
+        (b'{"quantization": {"bits": 4, "bits": 2}}', "'bits' comes twice"),
         (b" " * (17 << 20), "is longer than"),
         (b'{"format_version": 2}', "has format version 2; this release .* reads 1.*upgrade"),
         (b'{"format_version": "1"}', "format version '1'"),

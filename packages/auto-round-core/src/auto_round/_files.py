@@ -75,10 +75,26 @@ def read_json_object(path: Path, error: type[AutoRoundError], most_bytes: int) -
         raise error(f"{path} cannot be read: {reason}.") from failure
     if len(content) > most_bytes:
         raise error(f"{path} is longer than {most_bytes} bytes, which no file of its kind is.")
+    return parse_object(content, str(path), error, "Restore it or write it again.")
+
+
+def parse_object(data: bytes, what: str, error: type[AutoRoundError], remedy: str) -> dict[str, Any]:
+    """Return the JSON object that `data` is, in which no key comes twice, or raise `error` naming `what`."""
     try:
-        value: object = json.loads(content)
+        value: object = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as failure:
-        raise error(f"{path} is not valid JSON: {failure}. Restore it or write it again.") from failure
+        raise error(f"{what} is not valid JSON: {failure}. {remedy}") from failure
     if not isinstance(value, dict):
-        raise error(f"{path} must hold a JSON object, but holds a {type(value).__name__}.")
+        raise error(f"{what} must hold a JSON object, but holds a {type(value).__name__}. {remedy}")
     return cast("dict[str, Any]", value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the name {shown(name)} comes twice")
+            seen.add(name)
+    return result

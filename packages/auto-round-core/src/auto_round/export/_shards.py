@@ -18,8 +18,7 @@ from torch import Tensor
 
 from auto_round._files import shown
 from auto_round.exceptions import ExportError
-from auto_round.low_cpu_mem._json_files import MOST_BYTES
-from auto_round.low_cpu_mem._safetensors import TYPES
+from auto_round.low_cpu_mem._safetensors import MOST_BYTES, TYPES
 from auto_round.low_cpu_mem._stored import memory_of
 
 _CODES = {dtype: code for code, dtype in TYPES.items()}

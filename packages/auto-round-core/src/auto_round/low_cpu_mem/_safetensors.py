@@ -7,13 +7,14 @@ from typing import Any, cast
 
 import torch
 
-from auto_round._files import shown
+from auto_round._files import parse_object, shown
 from auto_round.exceptions import CheckpointError
-from auto_round.low_cpu_mem._json_files import MOST_BYTES, parse_object
 from auto_round.low_cpu_mem._sources import Source, read_bytes
 from auto_round.low_cpu_mem._stored import StoredTensor, check_shape, contiguous_stride
 
 _PREFIX_BYTES = 8
+MOST_BYTES = 100_000_000
+"""Longest header or index that is read; the format sets it for its headers."""
 _FIELDS = {"dtype", "shape", "data_offsets"}
 TYPES = {
     "BOOL": torch.bool,
@@ -63,7 +64,12 @@ def read_header(source: Source) -> dict[str, StoredTensor]:
         raise CheckpointError(
             f"{path} is truncated: it has {source.size} bytes, but its header alone needs {start}."
         )
-    header = parse_object(read_bytes(source, _PREFIX_BYTES, length), path, "the header")
+    header = parse_object(
+        read_bytes(source, _PREFIX_BYTES, length),
+        f"{path}: the header",
+        CheckpointError,
+        "The file is damaged.",
+    )
     metadata: object = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in cast("dict[str, object]", metadata).values()

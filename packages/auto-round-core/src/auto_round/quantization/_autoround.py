@@ -169,6 +169,11 @@ class AutoRound:
         elif self._tail is None:
             self._find_tail()
         tokens = self._draw_calibration()
+        if tokens is not None and len(tokens) < quantization.nsamples:
+            report.notes.append(
+                f"Calibration has {len(tokens)} samples, not the {quantization.nsamples} of "
+                "quantization.nsamples: the data holds no more."
+            )
         with ExitStack() as undo:
             workspace = self._new_workspace()
             undo.callback(workspace.cleanup)
