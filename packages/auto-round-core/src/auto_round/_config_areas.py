@@ -105,7 +105,7 @@ class QuantizationConfig(Area):
     lr: float | None = None
     """Learning rate; None means what the method and `iters` call for."""
     minmax_lr: float | None = None
-    """Learning rate of the clipping; None means `lr`."""
+    """Learning rate of the clipping; None means `lr`, or without that what the method calls for."""
     enable_quanted_input: bool = True
     """Give each block what the quantised blocks before it put out, as it will be in use."""
     nsamples: int = 128

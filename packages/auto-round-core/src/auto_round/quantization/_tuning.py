@@ -28,6 +28,8 @@ from auto_round.quantization._streams import Stream, batches, random_batches
 
 _MANY_ITERS, _FEW_BITS = 1000, 3
 _BEST_RATE = 5e-3
+_SYMMETRIC_RANGE = 0.7
+"""What symmetric ranges take of the paper's rate: asymmetric ones have further to go at few bits."""
 
 
 class Tuner(Protocol):
@@ -191,11 +193,12 @@ def make_tuner(
     usual = 1 / max(1, config.iters)
     if config.iters >= _MANY_ITERS and settings.bits <= _FEW_BITS:
         usual *= 2
-    range_rate = config.minmax_lr or rate or usual
     if settings.weight_dtype == "int":
+        range_rate = config.minmax_lr or rate or usual * (_SYMMETRIC_RANGE if settings.symmetric else 1)
         # Twice the paper's: most offsets take less than whole steps here, and all end within their range.
         rate = rate or 2 / max(1, config.iters)
         return IntegerSignRound(weight, settings, scale_dtype, scratch, rate=rate, range_rate=range_rate)
+    range_rate = config.minmax_lr or rate or usual
     return FloatSignRound(weight[:], settings, rate=rate or usual, range_rate=range_rate)
 
 
