@@ -50,7 +50,7 @@ demo: .venv/.synced ## From raw text to written text in about 5 minutes; TEXT= a
 
 .PHONY: test
 test: .venv/.synced ## Run the tests with coverage, of one package with P=name; ARGS= goes to pytest
-	$(PY) -m pytest $(P:%=packages/%) $(patsubst %,--cov=packages/%/src,$(or $(P),$(PACKAGES))) $(ARGS)
+	$(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(P:%=packages/%) $(patsubst %,--cov=packages/%/src,$(or $(P),$(PACKAGES))) $(ARGS)
 
 ##@ Before a change goes in
 .PHONY: check lint types boundaries locked rules
