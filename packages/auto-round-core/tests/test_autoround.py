@@ -531,6 +531,7 @@ def test_calibration_that_does_not_do(llama: str, quick: Quick) -> None:
         (-ids, "token id -.* but ids are 0 to 95"),
         (ids.float(), "whole numbers, but holds a tensor of torch.float32"),
         (ids.float() * float("nan"), "whole numbers, but holds a tensor of torch.float32"),
+        (ids.to_sparse(), "whole numbers, but holds a tensor of torch.int64 on cpu, torch.sparse_coo"),
         (ids[:, :15], "15 tokens, fewer than one sequence of 16"),
     ):
         with pytest.raises(CalibrationError, match=match):

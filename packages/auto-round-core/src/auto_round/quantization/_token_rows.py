@@ -57,8 +57,9 @@ def _as_rows(ids: Tensor) -> list[Tensor]:
 def _integers(value: object, label: str, *, flags: bool = False) -> Tensor:
     if isinstance(value, Tensor):
         fractions = value.is_floating_point() or value.is_complex()
-        if value.is_meta or fractions or (value.dtype == torch.bool and not flags):
-            raise _no_integers(label, f"a tensor of {value.dtype} on {value.device}")
+        is_plain = value.layout is torch.strided and not (value.is_meta or value.is_nested)
+        if not is_plain or fractions or (value.dtype == torch.bool and not flags):
+            raise _no_integers(label, f"a tensor of {value.dtype} on {value.device}, {value.layout}")
         return value.detach().to("cpu", torch.int64)
     try:
         array: np.ndarray[Any, Any] = np.asarray(value)
