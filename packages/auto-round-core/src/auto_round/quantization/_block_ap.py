@@ -101,15 +101,15 @@ class IntegerBlockAP:
             best_codes_NK=torch.empty_like(u_NK, dtype=torch.uint8),
             best_scale_N=start_N.clone(),
         )
-        self._pieces = list(scratch.pieces(self._shape, u_NK.shape[1]))
-        for piece in self._pieces:
-            _hold(self._all.at(piece.groups), settings.bits)
+        pieces = scratch.pieces(self._shape, u_NK.shape[1])
+        self._parts = [(piece, self._all.at(piece.groups)) for piece in pieces]
+        for _, groups in self._parts:
+            _hold(groups, settings.bits)
         self._steps = 0
 
     def write(self, target: Tensor, *, keep: bool = False) -> None:
         """Write the quantised weight as it stands into `target` [R, G*K]; `keep` remembers it as best."""
-        for piece in self._pieces:
-            groups = self._all.at(piece.groups)
+        for piece, groups in self._parts:
             buffers = self._scratch.buffers(groups.u_NK)
             code = torch.round(groups.u_NK, out=buffers[0])
             if keep:
@@ -130,8 +130,7 @@ class IntegerBlockAP:
         more, root = corrections(self._steps)
         rate, scale_rate = factor * more * self._rate, factor * more * self._scale_rate
         update = _update(self._settings.bits, self._scale_dtype, self._scratch.compiles)
-        for piece in self._pieces:
-            groups = self._all.at(piece.groups)
+        for piece, groups in self._parts:
             buffers = self._scratch.buffers(groups.u_NK)
             grad_NK = gradient[piece.rows].reshape(groups.u_NK.shape).data
             with opened(target, piece) as target_NK:

@@ -88,8 +88,8 @@ class IntegerSignRound:
         self._rate, self._range_rate = rate, range_rate
         rows, width = weight.shape
         size = width if settings.group_size == -1 else settings.group_size
-        self._pieces = list(scratch.pieces((rows, width), size))
-        ranges = [group_range(grouped(weight[piece.rows], size)) for piece in self._pieces]
+        pieces = list(scratch.pieces((rows, width), size))
+        ranges = [group_range(grouped(weight[piece.rows], size)) for piece in pieces]
         low_N, high_N = (torch.cat([end.flatten() for end in ends]) for ends in zip(*ranges, strict=True))
         if settings.symmetric:
             scale_N, zero_N = symmetric_scale(low_N, high_N, settings.bits, scale_dtype), None
@@ -108,13 +108,14 @@ class IntegerSignRound:
             best_scale_N=scale_N.clone(),
             best_zero_N=None if zero_N is None else zero_N.clone(),
         )
+        self._parts = [(piece, self._all.at(piece.groups)) for piece in pieces]
         self._scale_dtype = scale_dtype
 
     def write(self, target: Tensor, *, keep: bool = False) -> None:
         """Write the quantised weight as it stands into `target` [R, G*K]; `keep` remembers it as best."""
         bits = self._settings.bits
-        for piece in self._pieces:
-            groups, w_NK = self._all.at(piece.groups), self._read(piece.rows)
+        for piece, groups in self._parts:
+            w_NK = self._read(piece.rows)
             buffers = self._scratch.buffers(w_NK)
             code, _, _ = _round(w_NK, groups, bits, buffers)
             if keep:
@@ -134,12 +135,12 @@ class IntegerSignRound:
         update = _update(self._settings.bits, self._scale_dtype, self._scratch.compiles)
         rate, range_rate = factor * self._rate, factor * self._range_rate
         # Groups lie within rows, so a piece is done with once its own weights have been read.
-        for piece in self._pieces:
+        for piece, groups in self._parts:
             w_NK = self._read(piece.rows)
             buffers = self._scratch.buffers(w_NK)
             grad_NK = gradient[piece.rows].reshape(w_NK.shape).data
             with opened(target, piece) as target_NK:
-                update(w_NK, self._all.at(piece.groups), grad_NK, target_NK, keep, rate, range_rate, buffers)
+                update(w_NK, groups, grad_NK, target_NK, keep, rate, range_rate, buffers)
 
     def result(self) -> QuantizedWeight:
         """Return the best quantisation that was remembered."""
