@@ -42,10 +42,10 @@ def reference(
     return ((exclusive_clamp(code, 0, 2**bits - 1) - zero[..., None]) * scale[..., None]).flatten(1)
 
 
-def soft_sign(gradient: Tensor) -> Tensor:
-    """Sign, but for gradients below one and a half times the group's mean magnitude, which count less."""
-    mean = gradient.abs().mean(-1, keepdim=True)
-    return torch.where(gradient.abs() >= 1.5 * mean, gradient.sign(), gradient / (1.5 * mean))
+def soft_sign(gradient: Tensor, bits: int) -> Tensor:
+    """Sign, but for gradients below some of the group's mean magnitude, three quarters of it at 2 bits."""
+    full = 0.375 * bits * gradient.abs().mean(-1, keepdim=True)
+    return torch.where(gradient.abs() >= full, gradient.sign(), gradient / full)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -74,7 +74,7 @@ def test_every_step_writes_what_autograd_and_sign_sgd_lead_to(bits, symmetric, g
         gradients = torch.autograd.grad(expected, [offset, *factors], gradient)
         left = 1 - step / steps
         tuner.step(gradient, written, left, keep=False)
-        offset.data.sub_(rate * left * soft_sign(gradients[0])).clamp_(-0.5, 0.5)
+        offset.data.sub_(rate * left * soft_sign(gradients[0], bits)).clamp_(-0.5, 0.5)
         for factor, own in zip(factors, gradients[1:], strict=True):
             factor.data.sub_(2 * rate * left * own.sign())
 

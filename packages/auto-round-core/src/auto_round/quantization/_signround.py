@@ -17,7 +17,8 @@ can make one loop of the same lines.
 
 Offsets step by the sign only where a gradient is large among those of its group, and by less in proportion
 below: a weight on which the loss hardly depends would else walk at random by full steps, and end on another
-code for nothing, which costs most on texts that are not like the calibration.
+code for nothing, which costs most on texts that are not like the calibration. The finer the codes, the more
+gradients count as small.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from auto_round.quantization._integers import asymmetric_scale, group_range, sym
 from auto_round.quantization._pieces import Buffers, Scratch, WeightRows, opened, part
 from auto_round.quantization._quantized import QuantizedWeight
 
-_FULL_STEP = 1.5
-"""The sign counts whole from so many times the mean magnitude of a group's gradients on."""
+_FULL_STEP = 0.375
+"""The sign counts whole from so many times the bits and the mean magnitude of a group's gradients on."""
 _REACH = 0.5
 _TINY = 1e-30
 
@@ -182,7 +183,7 @@ def _update(bits: int, scale_dtype: torch.dtype, compiles: bool) -> Callable[...
         grad = torch.mul(grad, inside, out=buffers[3])
         if ends_N is not None:
             ends_N -= grad.sum(-1)
-        size_N = torch.abs(grad, out=buffers[1]).mean(-1).mul_(_FULL_STEP).add_(_TINY)
+        size_N = torch.abs(grad, out=buffers[1]).mean(-1).mul_(_FULL_STEP * bits).add_(_TINY)
         grad = grad.mul_((groups.scale_N.sign() / size_N).unsqueeze(-1)).clamp_(-1, 1).mul_(rate)
         groups.offset_NK.sub_(grad).clamp_(-_REACH, _REACH)
         _step_range(groups, by_scale_N, ends_N, range_rate, bits)
