@@ -76,7 +76,7 @@ class Stream:
     def read(self, samples: Sequence[int], *, dtype: torch.dtype | None = None) -> Tensor:
         """Return some samples, [len(samples), *shape], in new memory."""
         if self._memory is not None:
-            return self._memory[torch.tensor(samples)].to(dtype or self.dtype)
+            return self._memory.index_select(0, torch.tensor(samples)).to(dtype or self.dtype)
         result = torch.empty((len(samples), *self.shape), dtype=self.dtype)
         for place, sample in enumerate(samples):
             self._transfer(memory_of(result[place]), sample * self._sample_bytes, os.preadv)
@@ -86,7 +86,7 @@ class Stream:
         """Replace some samples by `values`, [len(samples), *shape]."""
         values = values.detach().to("cpu", self.dtype)
         if self._memory is not None:
-            self._memory[torch.tensor(samples)] = values
+            self._memory.index_copy_(0, torch.tensor(samples), values)
             return
         values = values.contiguous()
         for place, sample in enumerate(samples):
