@@ -148,14 +148,20 @@ def _causal_biases(hidden: Tensor) -> list[Tensor]:
 def _banded_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, biases: Sequence[Tensor]
 ) -> Tensor:
-    """Return what `_BandedAttention` does; a compiler makes the way back, and code that masks slowly."""
+    """Return what `_BandedAttention` does; a compiler makes the way back, and code that masks slowly.
+
+    Products would copy parts that are not contiguous, and so they would what comes back to the outputs. Where
+    it is said here that they are, the compiler writes them so when it makes them.
+    """
     shape = query.shape
     query, key, value = (part.flatten(0, 1) for part in (query * scale, key, value))
     outs: list[Tensor] = []
     for (start, end), bias in zip(_bands(shape[2]), biases, strict=True):
-        weights = torch.bmm(query[:, start:end], key[:, :end].transpose(1, 2)) + bias
-        outs.append(torch.bmm(torch.softmax(weights, -1), value[:, :end]))
-    return torch.cat(outs, 1).view(shape)
+        seen, seen_value = key[:, :end].contiguous(), value[:, :end].contiguous()
+        weights = torch.bmm(query[:, start:end].contiguous(), seen.transpose(1, 2)) + bias
+        out = torch.bmm(torch.softmax(weights, -1), seen_value)
+        outs.append(out.unflatten(0, shape[:2]).transpose(1, 2))
+    return torch.cat(outs, 1).transpose(1, 2)
 
 
 def _bands(tokens: int) -> list[tuple[int, int]]:
