@@ -160,7 +160,7 @@ def _banded_attention(
         seen, seen_value = key[:, :end].contiguous(), value[:, :end].contiguous()
         weights = torch.bmm(query[:, start:end].contiguous(), seen.transpose(1, 2)) + bias
         out = torch.bmm(torch.softmax(weights, -1), seen_value)
-        outs.append(out.unflatten(0, shape[:2]).transpose(1, 2))
+        outs.append(out.view(*shape[:2], end - start, -1).transpose(1, 2))
     return torch.cat(outs, 1).transpose(1, 2)
 
 
