@@ -135,7 +135,9 @@ except TrainingError as error:
     print(error)
 text, out = folder / "text.txt", folder / "out"
 text.write_text("\\n".join(texts))
-config = TrainingConfig(compile_model=True, output_dir=str(out), report_to=())
+config = TrainingConfig(
+    compile_model=True, output_dir=str(out), checkpoint_dir=str(folder / "checkpoints"), report_to=()
+)
 trainer = Trainer(model, tokenizer, config, None, device="cpu", show_progress=False)
 try:
     trainer.train_from_config(model.config, DataConfig(train_file=str(text), max_length=24, min_length=1))
@@ -149,6 +151,7 @@ def test_a_missing_compiler_is_found_at_the_start_and_before_the_text_is_read(tm
     missing = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_COMPILER, str(tmp_path)],
+        cwd=tmp_path,
         env={**os.environ, **missing},
         capture_output=True,
         text=True,
@@ -166,7 +169,7 @@ def make_trainer(tokenizer, corpus, tmp_path):
     texts = [text[: 9 + 4 * number] for number, text in enumerate(corpus[:10])]
     rows = LanguageModelingDataset(texts, tokenizer, max_length=32, pack_sequences=False)
 
-    def make(folder, *callbacks, seed=0, n_layers=2, train=rows, **settings):
+    def make(folder, *callbacks, seed=0, n_layers=2, **settings):
         torch.manual_seed(seed)
         model = TransformerLM(
             ModelConfig(
@@ -185,7 +188,7 @@ def make_trainer(tokenizer, corpus, tmp_path):
         config = TrainingConfig(
             **(defaults | settings), compile_model=True, checkpoint_dir=str(tmp_path / folder)
         )
-        return Trainer(model, tokenizer, config, train, None, callbacks, device="cpu", show_progress=False)
+        return Trainer(model, tokenizer, config, rows, None, callbacks, device="cpu", show_progress=False)
 
     return make
 
