@@ -539,9 +539,10 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(CheckpointError, match="Git LFS"):
         CheckpointReader(tmp_path / "model.bin")
-    os.mkfifo(tmp_path / "pipe.safetensors")
-    with pytest.raises(CheckpointError, match="not a regular file"):
-        CheckpointReader(tmp_path / "pipe.safetensors")
+    for name in ("pipe.safetensors", "pipe.safetensors.index.json"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            CheckpointReader(tmp_path / name)
     torch.save([torch.ones(1)], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match=r"list\.pt is no state dict.*a list"):
         CheckpointReader(tmp_path / "list.pt")

@@ -14,7 +14,7 @@ from typing import Literal, Self, cast
 import torch
 from torch import Tensor
 
-from auto_round._files import read_json_object, shown
+from auto_round._files import parse_object, shown
 from auto_round.exceptions import CheckpointError
 from auto_round.low_cpu_mem._safetensors import MOST_BYTES, is_safetensors, read_header
 from auto_round.low_cpu_mem._sources import FileSource, Source, read_bytes
@@ -333,7 +333,16 @@ def _complete(folder: Path, shards: list[str], pattern: re.Pattern[str]) -> list
 
 def _read_index(path: Path) -> dict[str, str]:
     """Return the file of each tensor, by name."""
-    content = read_json_object(path, CheckpointError, MOST_BYTES)
+    # A pipe under this name is refused, where opening it as any file would wait for its writer.
+    source = FileSource(path)
+    try:
+        if source.size > MOST_BYTES:
+            raise CheckpointError(f"{path} has {source.size} bytes; an index has at most {MOST_BYTES}.")
+        content = parse_object(
+            read_bytes(source, 0, source.size), f"{path}: the index", CheckpointError, "The file is damaged."
+        )
+    finally:
+        source.close()
     weight_map: object = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map, so it does not say where the tensors are.")
