@@ -34,12 +34,15 @@ class BlockLoss:
             block: Its parameters have no gradients afterwards.
             first: Gives the other arguments of a call, for one try where it is compiled; they are not kept.
         """
-        works = self._compiled is not None and self._compiled.works
-        return (self._tried(block, *first()) if works else None) or fast_training(block)
+        compiled = self._compiled
+        if compiled is None or not compiled.works:
+            return fast_training(block)
+        return self._tried(compiled, block, *first()) or fast_training(block)
 
-    def _tried(self, block: nn.Module, call: Call, hidden: Tensor, target: Tensor) -> Attention | None:
+    def _tried(
+        self, compiled: Compiled, block: nn.Module, call: Call, hidden: Tensor, target: Tensor
+    ) -> Attention | None:
         """Return what the block is to be run in if it can be compiled."""
-        assert self._compiled is not None  # noqa: S101
         attention = Attention(compiled_for=hidden)
         try:
             with attention:
@@ -47,9 +50,9 @@ class BlockLoss:
         except torch.OutOfMemoryError:
             raise
         except Exception as failure:  # noqa: BLE001 - the way back is compiled here
-            self._compiled.give_up(failure)
+            compiled.give_up(failure)
         block.zero_grad(set_to_none=True)
-        return attention if self._compiled.works else None
+        return attention if compiled.works else None
 
     def __call__(self, block: nn.Module, call: Call, hidden: Tensor, target: Tensor) -> Tensor:
         """Return each sample's mean squared error, fp32 [samples].

@@ -193,12 +193,13 @@ def make_tuner(
     usual = 1 / max(1, config.iters)
     if config.iters >= _MANY_ITERS and settings.bits <= _FEW_BITS:
         usual *= 2
-    if settings.weight_dtype == "int":
-        range_rate = config.minmax_lr or rate or usual * (_SYMMETRIC_RANGE if settings.symmetric else 1)
+    trains_integers = settings.weight_dtype == "int"
+    range_share = _SYMMETRIC_RANGE if trains_integers and settings.symmetric else 1
+    range_rate = config.minmax_lr or rate or range_share * usual
+    if trains_integers:
         # Twice the paper's: most offsets take less than whole steps here, and all end within their range.
         rate = rate or 2 / max(1, config.iters)
         return IntegerSignRound(weight, settings, scale_dtype, scratch, rate=rate, range_rate=range_rate)
-    range_rate = config.minmax_lr or rate or usual
     return FloatSignRound(weight[:], settings, rate=rate or usual, range_rate=range_rate)
 
 
