@@ -37,6 +37,13 @@ class Numbered(Dataset):
         return {"input_ids": torch.full((4,), index), "place": torch.tensor(index)}
 
 
+@pytest.fixture
+def own_workers():
+    """Gives the worker processes that began during the test: others' may still be about, of earlier tests."""
+    before = set(multiprocessing.active_children())
+    return lambda: list(set(multiprocessing.active_children()) - before)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         for index in range(11):
@@ -161,13 +168,13 @@ def test_streams_begin_behind_what_was_handed_out(workers):
         len(loader)
 
 
-def test_a_killed_worker_is_named_and_the_next_pass_has_new_ones():
+def test_a_killed_worker_is_named_and_the_next_pass_has_new_ones(own_workers):
     loader = create_dataloader(Numbered(400), batch_size=2, num_workers=2, seed=1)
     before = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
     assert signal.getsignal(signal.SIGCHLD) is before
     next(batches)
-    victim = multiprocessing.active_children()[0]
+    victim = own_workers()[0]
     os.kill(victim.pid, signal.SIGKILL)
     with pytest.raises(TrainingError, match=rf"process {victim.pid} ended with exit code -9"):
         list(batches)
@@ -175,7 +182,7 @@ def test_a_killed_worker_is_named_and_the_next_pass_has_new_ones():
     assert len(places(loader)) == 1
 
 
-def test_a_killed_worker_is_named_also_where_torchs_handler_was_left(monkeypatch, request):
+def test_a_killed_worker_is_named_also_where_torchs_handler_was_left(monkeypatch, request, own_workers):
     """The handler raises once for each process that ends, wherever the main thread is."""
     waits = []
 
@@ -191,7 +198,7 @@ def test_a_killed_worker_is_named_also_where_torchs_handler_was_left(monkeypatch
     monkeypatch.setattr(_loader, "wait", interrupted)
     batches = iter(create_dataloader(Numbered(400), batch_size=2, num_workers=2, seed=1))
     next(batches)
-    victim = multiprocessing.active_children()[0]
+    victim = own_workers()[0]
     os.kill(victim.pid, signal.SIGKILL)
     with pytest.raises(TrainingError, match=rf"process {victim.pid} ended with exit code -9"):
         list(batches)
@@ -209,13 +216,13 @@ def test_errors_of_a_data_set_pass_unchanged():
         assert not isinstance(caught.value, TrainingError)
 
 
-def test_workers_leave_signals_to_the_main_process():
+def test_workers_leave_signals_to_the_main_process(own_workers):
     loader = create_dataloader(Numbered(400), batch_size=2, num_workers=2, seed=1)
     expected = places(loader)
     loader.set_position(0, 0)
     batches = iter(loader)
     got = [next(batches)]
-    for worker in multiprocessing.active_children():
+    for worker in own_workers():
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
     assert places([*got, *batches]) == expected
@@ -253,6 +260,54 @@ def test_a_worker_leaves_inherited_garbage_alone():
     finally:
         gc.enable()
     assert list(rows.processes) == [1, 0]
+
+
+def test_workers_end_with_a_loader_that_the_collector_finds(own_workers):
+    loader = create_dataloader(Numbered(400), batch_size=2, num_workers=2, seed=1)
+    next(iter(loader))
+    loader.itself = loader
+    assert len(own_workers()) == 2
+    del loader
+    start = time.monotonic()
+    gc.collect()
+    assert own_workers() == []
+    # Torch would wait for 5 s for each, whose queue is gone before it is told to end.
+    assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize("place", ["main", "child"])
+@pytest.mark.parametrize("torchs_handler", [False, True])
+def test_a_process_ends_whose_loader_still_has_workers(place, torchs_handler):
+    program = f"""
+        import multiprocessing, torch
+        from llm_trainer.data import create_dataloader
+
+        def work():
+            global batches, others
+            rows = [{{"input_ids": torch.ones(4)}}] * 1000
+            if {torchs_handler}:
+                others = iter(torch.utils.data.DataLoader(rows, num_workers=1))
+                next(others)
+            batches = iter(create_dataloader(rows, batch_size=1, num_workers=2))
+            next(batches)
+            print("done", flush=True)
+
+        if {place == "main"}:
+            work()
+        else:
+            child = multiprocessing.get_context("fork").Process(target=work)
+            child.start()
+            child.join()
+            assert child.exitcode == 0
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
 
 
 def test_workers_end_after_their_parent_was_killed():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, cast
 
 import torch
@@ -178,7 +179,10 @@ class PositionedLoader(DataLoader[dict[str, Tensor]]):
         if self._rows is not None:
             self._rows.start(self.seed, epoch, first * (self.batch_size or 1))
         with _starting_workers() if self.num_workers else nullcontext():
-            batches = super().__iter__()
+            before, batches = self._iterator, super().__iter__()
+        if self.num_workers and batches is not before:
+            # Before the queues are taken down, which they are first where all goes at once.
+            Finalize(self, _end_workers, (batches,), exitpriority=100)
         return self._hand_out(batches, epoch, first, self._pass)
 
     def _hand_out(
@@ -285,6 +289,18 @@ def _starting_workers() -> Generator[None]:
         if before is not None:
             signal.signal(signal.SIGCHLD, before)
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+
+
+def _end_workers(batches: Any) -> None:
+    """End the workers of a loader that is gone, or of a process that is about to end.
+
+    There, `multiprocessing` would send them one SIGTERM, which they leave to the main process, and wait for
+    ever.
+    """
+    batches._shutdown_workers()
+    # That does nothing any more while Python ends.
+    for worker in batches._workers:
+        worker.kill()
 
 
 def _dead_workers(batches: Any) -> list[BaseProcess]:
