@@ -21,6 +21,7 @@ from auto_round.low_cpu_mem._checkpoint import CheckpointReader
 from auto_round.low_cpu_mem._empty import empty_model, model_folder
 from auto_round.low_cpu_mem._hooks import HookManager
 from auto_round.low_cpu_mem._weights import ModelWeights
+from auto_round.quantization._compute import all_finite
 from auto_round.quantization._layers import Layer, find_blocks, find_layers
 from auto_round.quantization._pieces import WeightRows
 from auto_round.quantization._quantized import QuantizedWeight
@@ -109,8 +110,7 @@ class FloatModel(ABC):
         ]
         for name in names + [layer.parameter_name for layer, _ in self.outside(config)]:
             value = self.value(name).detach()
-            # Both ends of the range, since a mask of all that is finite would take memory.
-            if value.numel() and not bool(torch.stack(value.aminmax()).isfinite().all()):
+            if not all_finite(value):
                 raise QuantizationError(
                     f"{name}: {int((~value.isfinite()).sum())} of {value.numel()} weights are NaN or "
                     "infinite; the checkpoint is damaged or its training diverged. Nothing can be quantised "

@@ -28,6 +28,8 @@ from auto_round.quantization._streams import Stream, batches, random_batches
 
 _MANY_ITERS, _FEW_BITS = 1000, 3
 _BEST_RATE = 5e-3
+_HELD_VALUES = 1 << 24
+"""The most values of a float weight that is held where memory is not short; more are read at each step."""
 _SYMMETRIC_RANGE = 0.7
 """What symmetric ranges take of the paper's rate: asymmetric ones have further to go at few bits."""
 
@@ -107,7 +109,10 @@ def tune_block(
         leaf = layer.weight
         leaf.requires_grad_()
         with layer.named_in_errors():
-            tuner = make_tuner(read(layer), settings, config, scratch)
+            weight = read(layer)
+            if compiles and math.prod(weight.shape) <= _HELD_VALUES:
+                weight = weight[:]
+            tuner = make_tuner(weight, settings, config, scratch)
         with layer.open(leaf.data) as matrix:
             tuner.write(matrix, keep=True)
         tuners.append((layer, leaf, tuner))

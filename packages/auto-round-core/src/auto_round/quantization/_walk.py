@@ -17,7 +17,7 @@ from auto_round.config_manager import LayerSettings, QuantizationConfig
 from auto_round.exceptions import QuantizationError
 from auto_round.quantization._block_loss import BlockLoss
 from auto_round.quantization._capture import Call, Capture, same_calls
-from auto_round.quantization._compute import scale_dtype_of
+from auto_round.quantization._compute import all_finite, scale_dtype_of
 from auto_round.quantization._end_to_end import EndToEnd
 from auto_round.quantization._experts import FewShapes
 from auto_round.quantization._inputs import InputStatistics, rounded_inputs
@@ -156,7 +156,7 @@ class Walk:
             first: list[Call] | None = None
             for batch in self._batches():
                 hidden, calls = self._capture.run(tokens[batch])
-                if not bool(hidden.isfinite().all()):
+                if not all_finite(hidden):
                     raise QuantizationError(
                         f"the embeddings of {self._source.kind} give NaN or infinity for samples {batch[0]} "
                         f"to {batch[-1]} of the calibration; the checkpoint's embeddings are damaged."
@@ -386,7 +386,7 @@ class Walk:
         with torch.no_grad():
             for batch in self._batches():
                 output = run(inputs.read(batch).to(self._means.device))
-                if not bool(output.isfinite().all()):
+                if not all_finite(output):
                     raise QuantizationError(
                         f"{name} puts out NaN or infinity for samples {batch[0]} to {batch[-1]} of the "
                         "calibration; its weights are damaged, or its activations overflow."
