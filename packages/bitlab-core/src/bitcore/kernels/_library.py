@@ -1,0 +1,110 @@
+"""`torch.ops.bitcore.linear`, through which compilers and exporters see the kernels."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from bitcore.config import BitQuantConfig
+from bitcore.exceptions import QuantizationError
+from bitcore.kernels.registry import KernelRegistry
+from bitcore.packing import tiles
+
+_CONFIGS = {
+    "int8_per_token": BitQuantConfig(),
+    "int8_per_tensor": BitQuantConfig(activation_granularity="per_tensor"),
+    "float32": BitQuantConfig(activation_dtype="float32"),
+}
+"""What the operator's last argument stands for; how weights were quantised is in their scales."""
+
+
+def activations_of(config: BitQuantConfig) -> str:
+    """Return the operator's name for how activations are quantised."""
+    if not config.quantizes_activations:
+        return "float32"
+    return "int8_per_token" if config.scales_each_token else "int8_per_tensor"
+
+
+def _config_of(activations: str) -> BitQuantConfig:
+    if activations not in _CONFIGS:
+        raise QuantizationError(f"activations is {activations!r}; it must be one of {', '.join(_CONFIGS)}.")
+    return _CONFIGS[activations]
+
+
+def _check(x: Tensor, qweight_scale: Tensor, qweight: Tensor, bias: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise QuantizationError(f"a ternary layer takes floating inputs, but was given {x.dtype}.")
+    rows = qweight_scale.numel()
+    if qweight_scale.ndim != 1 or qweight_scale.dtype != torch.float32:
+        raise QuantizationError(
+            f"qweight_scale is fp32 [rows], one for each; this is {qweight_scale.dtype} "
+            f"{list(qweight_scale.shape)}."
+        )
+    expected = tiles.packed_shape(rows, x.shape[-1]) if x.ndim else None
+    if qweight.dtype != torch.uint8 or tuple(qweight.shape) != expected:
+        raise QuantizationError(
+            f"inputs of shape {list(x.shape)} and {rows} rows need a packed weight of shape {expected}, "
+            f"but it is {qweight.dtype} {list(qweight.shape)}."
+        )
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise QuantizationError(f"the bias is [{rows}], one for each row; this is {list(bias.shape)}.")
+
+
+def _linear(
+    x: Tensor, qweight_scale: Tensor, qweight: Tensor, bias: Tensor | None, activations: str
+) -> Tensor:
+    config = _config_of(activations)
+    _check(x, qweight_scale, qweight, bias)
+    shape = (qweight_scale.numel(), x.shape[-1])
+    kernel = KernelRegistry.get_kernel_for_config(config, x.device, shape)
+    return kernel(x, qweight_scale, qweight, bias, config)
+
+
+def _fake(
+    x: Tensor,
+    qweight_scale: Tensor,
+    qweight: Tensor,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    activations: str,
+) -> Tensor:
+    _config_of(activations)
+    return x.new_empty((*x.shape[:-1], qweight_scale.shape[0]))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, qweight_scale, qweight, _, _ = inputs
+    ctx.save_for_backward(qweight_scale, qweight)
+    ctx.columns = x.shape[-1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+    """Straight through the rounding of the activations; the packed weight has no gradient."""
+    qweight_scale, qweight = ctx.saved_tensors
+    by_x = by_bias = None
+    if ctx.needs_input_grad[0]:
+        codes = tiles.unpack(qweight, len(qweight_scale), ctx.columns).to(grad.dtype)
+        by_x = (grad.float() * qweight_scale).to(grad.dtype) @ codes
+    if ctx.needs_input_grad[3]:
+        by_bias = grad.flatten(0, -2).sum(0)
+    return by_x, None, None, by_bias, None
+
+
+_LIBRARY: Any = torch.library.Library("bitcore", "DEF")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor qweight_scale, Tensor qweight, Tensor? bias, str activations) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+_register: Any = torch.library
+_register.register_fake("bitcore::linear", _fake, lib=_LIBRARY)
+_register.register_autograd("bitcore::linear", _backward, setup_context=_setup, lib=_LIBRARY)
+
+
+def linear(
+    x: Tensor, qweight_scale: Tensor, qweight: Tensor, bias: Tensor | None, config: BitQuantConfig
+) -> Tensor:
+    """Return a ternary layer's output; `BitKernelBase.__call__` says what it is."""
+    operator = cast("Any", torch.ops).bitcore.linear
+    return operator(x, qweight_scale, qweight, bias, activations_of(config))

@@ -1,0 +1,54 @@
+"""The reference: plain torch operations, on any device."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bitcore._activations import eight_bits, largest
+from bitcore.config import BitQuantConfig
+from bitcore.kernels.base import BitKernelBase
+from bitcore.packing import tiles
+
+_EXACT_COLUMNS = (1 << 24) // 128
+"""The most products of 8 bits whose sum a float of 32 bits holds exactly."""
+
+
+class TorchKernel(BitKernelBase):
+    """Unpacks the weight at each call and multiplies floats, whose sums are exact integers."""
+
+    name: ClassVar[str] = "torch"
+
+    def why_not(
+        self,
+        config: BitQuantConfig,  # noqa: ARG002
+        device: torch.device,  # noqa: ARG002
+        shape: tuple[int, int] | None = None,  # noqa: ARG002
+    ) -> str | None:
+        """Return None: it always can."""
+        return None
+
+    def __call__(
+        self,
+        x: Tensor,
+        qweight_scale: Tensor,
+        qweight: Tensor,
+        bias: Tensor | None = None,
+        config: BitQuantConfig | None = None,
+    ) -> Tensor:
+        """Return the layer's output; see `BitKernelBase`."""
+        config = config or BitQuantConfig()
+        codes = tiles.unpack(qweight, len(qweight_scale), x.shape[-1])
+        if not config.quantizes_activations:
+            weight = codes.float() * qweight_scale.unsqueeze(-1)
+            out = x.float() @ weight.t()
+        else:
+            most = largest(x, config.activation_granularity)
+            wide = torch.float32 if x.shape[-1] <= _EXACT_COLUMNS else torch.float64
+            product = (eight_bits(x, most).to(wide) @ codes.to(wide).t()).float()
+            out = product * (most / 127.0 * qweight_scale)
+        if bias is not None:
+            out = out + bias.float()
+        return out.to(x.dtype)

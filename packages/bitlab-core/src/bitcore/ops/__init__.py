@@ -1,0 +1,15 @@
+"""Quantisation of weights and activations, and the ternary linear layer as a function."""
+
+from bitcore._activations import compute_x_scale, dequantize_x, quantize_x
+from bitcore._weights import compute_weight_scale, dequantize_weight, quantize_weight
+from bitcore.ops import bitlinear
+
+__all__ = [
+    "bitlinear",
+    "compute_weight_scale",
+    "compute_x_scale",
+    "dequantize_weight",
+    "dequantize_x",
+    "quantize_weight",
+    "quantize_x",
+]

@@ -1,0 +1,128 @@
+"""The ternary linear layer as a function, for training and with packed weights."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitcore._activations import eight_bits, largest
+from bitcore._weights import mean_magnitude, ternary
+from bitcore.config import BitQuantConfig
+from bitcore.exceptions import QuantizationError
+from bitcore.kernels import _library
+from bitcore.kernels.registry import KernelRegistry
+
+__all__ = ["fake_quantize_weight", "fake_quantize_x", "forward", "prepare_weights"]
+
+
+def prepare_weights(weight: Tensor, config: BitQuantConfig | None = None) -> tuple[Tensor, Tensor]:
+    """Quantise a weight and pack it for the kernels.
+
+    Args:
+        weight: Floating, [rows, columns].
+        config: One scale for the weight, or one for each row; the default of `BitQuantConfig` if None.
+
+    Returns:
+        `qweight_scale`, fp32 [rows], and `qweight`, uint8 in the layout of `bitcore.packing.tiles`.
+
+    Raises:
+        QuantizationError: The weight is no floating matrix, or holds NaN or infinity.
+    """
+    config = config or BitQuantConfig()
+    kernel = KernelRegistry.get_kernel_for_config(config, weight.device)
+    return kernel.prepare_weights(weight, config)
+
+
+def forward(
+    x: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    quant_config: BitQuantConfig | None = None,
+    training: bool = True,
+    qweight: Tensor | None = None,
+    qweight_scale: Tensor | None = None,
+) -> Tensor:
+    """Return the output of a ternary linear layer.
+
+    In training both sides are rounded as they will be later, and gradients pass through the rounding as if it
+    were not there (the straight-through estimator of Bengio et al., arXiv 1308.3432), so that with the
+    rounded x' and W' the gradients are `grad @ W'` of x and `grad.T @ x'` of the weight. Else the kernel
+    computes on packed weights; see `BitKernelBase.__call__`.
+
+    Args:
+        x: Floating, [..., columns].
+        weight: Floating, [rows, columns]; needed for training. Elsewhere it is packed at each call where no
+            packed one is given.
+        bias: [rows].
+        quant_config: How both are quantised; the default of `BitQuantConfig` if None.
+        training: With gradients, from the float weight.
+        qweight: What `prepare_weights` returned.
+        qweight_scale: What `prepare_weights` returned.
+
+    Returns:
+        [..., rows], in x's dtype (under autocast, in its).
+
+    Raises:
+        QuantizationError: What is needed is missing, shapes do not fit, or x is not floating.
+    """
+    config = quant_config or BitQuantConfig()
+    if training:
+        if weight is None:
+            raise QuantizationError("training=True needs the float weight; packed weights cannot be trained.")
+        _check_columns(x, weight)
+        return F.linear(fake_quantize_x(x, config), fake_quantize_weight(weight, config), bias)
+    if qweight is None or qweight_scale is None:
+        if weight is None:
+            raise QuantizationError("training=False needs qweight and qweight_scale, or the float weight.")
+        _check_columns(x, weight)
+        qweight_scale, qweight = prepare_weights(weight, config)
+    return _library.linear(x, qweight_scale, qweight, bias, config)
+
+
+def fake_quantize_weight(weight: Tensor, config: BitQuantConfig) -> Tensor:
+    """Return a weight rounded to -1, 0 and 1 times its scale, in its dtype; its gradient passes straight."""
+    with torch.no_grad():
+        scale = mean_magnitude(weight, config.weight_granularity)
+        rounded = (ternary(weight, scale) * scale).to(weight.dtype)
+    return _straight(weight, rounded)
+
+
+def fake_quantize_x(x: Tensor, config: BitQuantConfig) -> Tensor:
+    """Return activations rounded to 8 bits times their scale, in their dtype; the gradient passes straight.
+
+    Raises:
+        QuantizationError: x is not floating.
+    """
+    with torch.no_grad():
+        most = largest(x, config.activation_granularity)
+        if not config.quantizes_activations:
+            return x
+        rounded = (eight_bits(x, most) * (most / 127.0)).to(x.dtype)
+    return _straight(x, rounded)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second argument forwards; the gradient goes to the first."""
+
+    @staticmethod
+    def forward(_ctx: Any, _value: Tensor, rounded: Tensor) -> Tensor:  # pyright: ignore
+        return rounded
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        return grads[0], None
+
+
+def _straight(value: Tensor, rounded: Tensor) -> Tensor:
+    return cast("Any", _StraightThrough).apply(value, rounded)
+
+
+def _check_columns(x: Tensor, weight: Tensor) -> None:
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise QuantizationError(
+            f"inputs of shape {list(x.shape)} do not fit a weight [rows, columns] of {list(weight.shape)}."
+        )
