@@ -72,4 +72,5 @@ def largest(x: Tensor, granularity: str) -> Tensor:
 
 def eight_bits(x: Tensor, magnitude: Tensor) -> Tensor:
     """Return codes as fp32."""
-    return (x.float() * (_MOST / magnitude)).round().clamp(-128, 127)
+    # The factor in two roundings, as torch divides a number by a tensor.
+    return (x.float() * (magnitude.reciprocal() * _MOST)).round().clamp(-128, 127)

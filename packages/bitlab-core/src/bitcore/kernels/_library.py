@@ -100,11 +100,11 @@ _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 _register: Any = torch.library
 _register.register_fake("bitcore::linear", _fake, lib=_LIBRARY)
 _register.register_autograd("bitcore::linear", _backward, setup_context=_setup, lib=_LIBRARY)
+_operator = cast("Any", torch.ops).bitcore.linear.default
 
 
 def linear(
     x: Tensor, qweight_scale: Tensor, qweight: Tensor, bias: Tensor | None, config: BitQuantConfig
 ) -> Tensor:
     """Return a ternary layer's output; `BitKernelBase.__call__` says what it is."""
-    operator = cast("Any", torch.ops).bitcore.linear
-    return operator(x, qweight_scale, qweight, bias, activations_of(config))
+    return _operator(x, qweight_scale, qweight, bias, activations_of(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, final
 
 import torch
@@ -102,3 +103,16 @@ class BitKernelBase(ABC):
         Returns:
             [..., rows], in x's dtype.
         """
+
+    def bind(
+        self,
+        qweight_scale: Tensor,
+        qweight: Tensor,
+        bias: Tensor | None = None,
+        config: BitQuantConfig | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what takes inputs and gives a layer's outputs, for many calls with the same weight.
+
+        It may keep the tensors, and what it knows of them: after they were changed or moved, bind again.
+        """
+        return lambda x: self(x, qweight_scale, qweight, bias, config)

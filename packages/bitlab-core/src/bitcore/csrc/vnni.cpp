@@ -1,0 +1,61 @@
+// AVX-512 with VNNI.
+
+#include "rows512.h"
+
+namespace {
+
+constexpr int kInputs = 6;  // 24 sums, four weights and one quad of activations fill the registers.
+
+// Several rows of inputs at once, whose weights are unpacked once for all of them.
+template <int kGroups, int kRows>
+void some_inputs(const bitcore_work *work, int64_t tile, const uint8_t *bytes, int64_t m) {
+    const __m512i low = _mm512_set1_epi8(0x03);
+    __m512i acc[kRows][kGroups];
+    for (int r = 0; r < kRows; ++r)
+        for (int g = 0; g < kGroups; ++g) acc[r][g] = _mm512_setzero_si512();
+    const int8_t *codes = work->codes + m * work->stride;
+    for (int64_t s = 0; s < work->steps; ++s, bytes += 64 * kGroups) {
+        __m512i packed[kGroups];
+        for (int g = 0; g < kGroups; ++g) packed[g] = _mm512_loadu_si512(bytes + 64 * g);
+        for (int p = 0; p < 4; ++p) {
+            __m512i weights[kGroups];
+            for (int g = 0; g < kGroups; ++g)
+                weights[g] = _mm512_and_si512(p ? _mm512_srli_epi16(packed[g], 2 * p) : packed[g], low);
+            for (int r = 0; r < kRows; ++r) {
+                int32_t quad;
+                memcpy(&quad, codes + r * work->stride + 16 * s + 4 * p, 4);
+                for (int g = 0; g < kGroups; ++g)
+                    acc[r][g] = _mm512_dpbusd_epi32(acc[r][g], weights[g], _mm512_set1_epi32(quad));
+            }
+        }
+    }
+    for (int r = 0; r < kRows; ++r)
+        for (int g = 0; g < kGroups; ++g) finish_any(work, m + r, tile * 64 + 16 * g, acc[r][g]);
+}
+
+template <int kGroups>
+void tile_of(const bitcore_work *work, int64_t tile, const uint8_t *bytes) {
+    int64_t m = 0;
+    for (; m + kInputs <= work->inputs; m += kInputs) some_inputs<kGroups, kInputs>(work, tile, bytes, m);
+    for (; m + 2 <= work->inputs; m += 2) some_inputs<kGroups, 2>(work, tile, bytes, m);
+    for (; m < work->inputs; ++m) one_input_tile<kGroups>(work, tile, bytes, m);
+}
+
+void tiles(const bitcore_work *work, int64_t begin, int64_t end, void *) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+        int groups;
+        const uint8_t *bytes = bitcore_tile(work, tile, &groups);
+        switch (groups) {
+            case 1: tile_of<1>(work, tile, bytes); break;
+            case 2: tile_of<2>(work, tile, bytes); break;
+            case 3: tile_of<3>(work, tile, bytes); break;
+            default: tile_of<4>(work, tile, bytes);
+        }
+    }
+}
+
+int64_t scratch_bytes(const bitcore_work *) { return 0; }
+
+}  // namespace
+
+const bitcore_set bitcore_vnni = {largest, round_row, tiles, scratch_bytes};

@@ -1,0 +1,183 @@
+"""Compiled kernels for x86-64: AVX2, AVX-512 with VNNI, and AMX."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from bitcore.config import BitQuantConfig
+from bitcore.kernels.base import BitKernelBase
+
+LIBRARY = Path(__file__).parent.parent / "_native" / "libbitcore.so"
+"""Where the build puts it."""
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Layer(ctypes.Structure):
+    """`bitcore_layer` of csrc/ternary.h."""
+
+    _fields_ = (
+        ("qweight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("parallel_for", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("per_token", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+    )
+
+
+@functools.cache
+def _library() -> tuple[Any, int]:
+    """Return the library's function and the best instruction set here, 0 where there is none.
+
+    Raises:
+        OSError: The library is missing, or cannot be loaded.
+    """
+    library = ctypes.CDLL(str(LIBRARY))
+    linear = library.bitcore_linear
+    linear.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    linear.restype = ctypes.c_int32
+    return linear, int(library.bitcore_best_isa())
+
+
+@functools.cache
+def _parallel_for() -> int | None:
+    """Return the address of what shares work among torch's own threads, where this torch has it."""
+    name = "libtorch_cpu.so"
+    function = getattr(
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name)), "torch_parallel_for", None
+    )
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
+
+
+@functools.cache
+def missing_library() -> str | None:
+    """Return why there is no compiled code, or None if there is."""
+    try:
+        _library()
+    except OSError as error:
+        if not LIBRARY.exists():
+            return (
+                "it was built without a C++ compiler; install one and install bitlab-core again from source"
+            )
+        return f"{LIBRARY} cannot be loaded: {error}"
+    return None
+
+
+class NativeKernel(BitKernelBase):
+    """Computes on packed weights with one instruction set, in torch's threads."""
+
+    _isa: ClassVar[int]
+    _needs: ClassVar[str]
+
+    @property
+    def has_cpp_backend(self) -> bool:
+        """Return True."""
+        return True
+
+    def why_not(
+        self,
+        config: BitQuantConfig,
+        device: torch.device,
+        shape: tuple[int, int] | None = None,  # noqa: ARG002
+    ) -> str | None:
+        """Return why it cannot serve; see `BitKernelBase`."""
+        if device.type != "cpu":
+            return f"it runs on the CPU, not on {device.type}"
+        if not config.quantizes_activations:
+            return "it needs activations of 8 bits"
+        missing = missing_library()
+        if missing is not None:
+            return missing
+        return None if _library()[1] >= self._isa else f"the processor has no {self._needs}"
+
+    def bind(
+        self,
+        qweight_scale: Tensor,
+        qweight: Tensor,
+        bias: Tensor | None = None,
+        config: BitQuantConfig | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what takes inputs and gives the layer's outputs; see `BitKernelBase`."""
+        config = config or BitQuantConfig()
+        rows, linear = qweight_scale.numel(), _library()[0]
+        scale, packed = qweight_scale.contiguous(), qweight.contiguous()
+        layers: dict[torch.dtype, tuple[int, _Layer, Tensor | None]] = {}
+
+        def layer_of(dtype: torch.dtype, columns: int) -> int:
+            own_bias = None if bias is None else bias.detach().to(dtype).contiguous()
+            layer = _Layer(
+                qweight=packed.data_ptr(),
+                scale=scale.data_ptr(),
+                bias=None if own_bias is None else own_bias.data_ptr(),
+                rows=rows,
+                columns=columns,
+                parallel_for=_parallel_for(),
+                dtype=_DTYPES[dtype],
+                per_token=config.scales_each_token,
+                isa=self._isa,
+            )
+            layers[dtype] = ctypes.addressof(layer), layer, own_bias
+            return layers[dtype][0]
+
+        def call(x: Tensor) -> Tensor:
+            dtype, shape = x.dtype, x.shape
+            if dtype not in _DTYPES:
+                return call(x.float()).to(dtype)
+            if not x.is_contiguous():
+                x = x.contiguous()
+            known = layers.get(dtype)
+            layer = layer_of(dtype, shape[-1]) if known is None else known[0]
+            out = torch.empty((*shape[:-1], rows), dtype=dtype)
+            if linear(layer, x.data_ptr(), x.numel() // shape[-1], out.data_ptr()):
+                raise MemoryError(f"there is no memory for activations of shape {list(shape)}")
+            return out
+
+        return call
+
+    def __call__(
+        self,
+        x: Tensor,
+        qweight_scale: Tensor,
+        qweight: Tensor,
+        bias: Tensor | None = None,
+        config: BitQuantConfig | None = None,
+    ) -> Tensor:
+        """Return the layer's output; see `BitKernelBase`."""
+        return self.bind(qweight_scale, qweight, bias, config)(x)
+
+
+class Avx2Kernel(NativeKernel):
+    """Any x86-64 processor of the last ten years."""
+
+    name: ClassVar[str] = "avx2"
+    priority: ClassVar[int] = 10
+    _isa, _needs = 1, "AVX2"
+
+
+class VnniKernel(NativeKernel):
+    """Intel from Ice Lake on, AMD from Zen 4 on."""
+
+    name: ClassVar[str] = "avx512_vnni"
+    priority: ClassVar[int] = 20
+    _isa, _needs = 2, "AVX-512 with VNNI"
+
+
+class AmxKernel(NativeKernel):
+    """Intel's servers from Sapphire Rapids on; single inputs go as with VNNI."""
+
+    name: ClassVar[str] = "amx"
+    priority: ClassVar[int] = 30
+    _isa, _needs = 3, "AMX (or the system does not grant it)"
+
+
+KERNELS = cast("tuple[type[NativeKernel], ...]", (Avx2Kernel, VnniKernel, AmxKernel))
