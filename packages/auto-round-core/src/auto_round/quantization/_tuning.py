@@ -30,8 +30,8 @@ _MANY_ITERS, _FEW_BITS = 1000, 3
 _BEST_RATE = 5e-3
 _HELD_VALUES = 1 << 24
 """The most values of a float weight that is held where memory is not short; more are read at each step."""
-_SYMMETRIC_RANGE = 0.7
-"""What symmetric ranges take of the paper's rate: asymmetric ones have further to go at few bits."""
+_SYMMETRIC_RANGE, _ASYMMETRIC_RANGE = 0.7, 1.4
+"""What ranges take of the paper's rate: asymmetric ones have further to go at few bits."""
 
 
 class Tuner(Protocol):
@@ -199,7 +199,7 @@ def make_tuner(
     if config.iters >= _MANY_ITERS and settings.bits <= _FEW_BITS:
         usual *= 2
     trains_integers = settings.weight_dtype == "int"
-    range_share = _SYMMETRIC_RANGE if trains_integers and settings.symmetric else 1
+    range_share = (_SYMMETRIC_RANGE if settings.symmetric else _ASYMMETRIC_RANGE) if trains_integers else 1
     range_rate = config.minmax_lr or rate or range_share * usual
     if trains_integers:
         # Twice the paper's: most offsets take less than whole steps here, and all end within their range.
