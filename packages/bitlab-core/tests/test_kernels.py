@@ -124,6 +124,27 @@ def test_inputs_of_any_form(name):
     assert torch.equal(double.float(), out)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_operands_that_do_not_fit_are_refused_before_memory_is_touched(name):
+    kernel = serving(name)
+    scale, packed = kernel.prepare_weights(torch.randn(20, 40), BitQuantConfig())
+    call = kernel.bind(scale, packed)
+    call(torch.randn(3, 40))
+    for wrong in (
+        torch.randn(3, 400),
+        torch.randn(3, 4),
+        torch.tensor(1.0),
+        torch.ones(3, 40, dtype=torch.int32),
+    ):
+        with pytest.raises(QuantizationError):
+            call(wrong)
+        with pytest.raises(QuantizationError):
+            kernel(wrong, scale, packed)
+    for operands in ((scale[:10], packed), (scale, packed[:16]), (scale, packed, torch.ones(3))):
+        with pytest.raises(QuantizationError):
+            kernel(torch.randn(3, 40), *operands)
+
+
 @pytest.mark.parametrize("name", NATIVE)
 def test_threads_change_no_bit(name):
     kernel = serving(name)

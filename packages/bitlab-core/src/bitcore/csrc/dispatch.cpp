@@ -58,6 +58,7 @@ BITCORE_EXPORT int32_t bitcore_best_isa() {
 
 // Multiply `inputs` rows of activations by a layer's weight. Returns 0, or 1 where there is no memory.
 BITCORE_EXPORT int32_t bitcore_linear(const bitcore_layer *layer, const void *x, int64_t inputs, void *out) {
+    if (inputs == 0) return 0;
     const bitcore_set *set = set_of(layer->isa);
     const int64_t columns = layer->columns, stride = bitcore_up(columns, BITCORE_BLOCK);
     const int64_t codes_bytes = bitcore_up(inputs * stride, 64);

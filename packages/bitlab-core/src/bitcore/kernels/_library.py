@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
+from bitcore.kernels._operands import check_operands
 from bitcore.kernels.registry import KernelRegistry
 from bitcore.packing import tiles
 
@@ -33,30 +34,11 @@ def _config_of(activations: str) -> BitQuantConfig:
     return _CONFIGS[activations]
 
 
-def _check(x: Tensor, qweight_scale: Tensor, qweight: Tensor, bias: Tensor | None) -> None:
-    if not x.is_floating_point():
-        raise QuantizationError(f"a ternary layer takes floating inputs, but was given {x.dtype}.")
-    rows = qweight_scale.numel()
-    if qweight_scale.ndim != 1 or qweight_scale.dtype != torch.float32:
-        raise QuantizationError(
-            f"qweight_scale is fp32 [rows], one for each; this is {qweight_scale.dtype} "
-            f"{list(qweight_scale.shape)}."
-        )
-    expected = tiles.packed_shape(rows, x.shape[-1]) if x.ndim else None
-    if qweight.dtype != torch.uint8 or tuple(qweight.shape) != expected:
-        raise QuantizationError(
-            f"inputs of shape {list(x.shape)} and {rows} rows need a packed weight of shape {expected}, "
-            f"but it is {qweight.dtype} {list(qweight.shape)}."
-        )
-    if bias is not None and tuple(bias.shape) != (rows,):
-        raise QuantizationError(f"the bias is [{rows}], one for each row; this is {list(bias.shape)}.")
-
-
 def _linear(
     x: Tensor, qweight_scale: Tensor, qweight: Tensor, bias: Tensor | None, activations: str
 ) -> Tensor:
     config = _config_of(activations)
-    _check(x, qweight_scale, qweight, bias)
+    check_operands(x, qweight_scale, qweight, bias)
     shape = (qweight_scale.numel(), x.shape[-1])
     kernel = KernelRegistry.get_kernel_for_config(config, x.device, shape)
     return kernel(x, qweight_scale, qweight, bias, config)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bitcore.config import BitQuantConfig
+from bitcore.kernels._operands import check_operands
 from bitcore.kernels.base import BitKernelBase
 
 LIBRARY = Path(__file__).parent.parent / "_native" / "libbitcore.so"
@@ -111,9 +112,11 @@ class NativeKernel(BitKernelBase):
         config = config or BitQuantConfig()
         rows, linear = qweight_scale.numel(), _library()[0]
         scale, packed = qweight_scale.contiguous(), qweight.contiguous()
-        layers: dict[torch.dtype, tuple[int, _Layer, Tensor | None]] = {}
+        layers: dict[tuple[torch.dtype, int], tuple[int, _Layer, Tensor | None]] = {}
 
-        def layer_of(dtype: torch.dtype, columns: int) -> int:
+        def layer_of(x: Tensor) -> int:
+            check_operands(x, scale, packed, bias)
+            dtype, columns = x.dtype, x.shape[-1]
             own_bias = None if bias is None else bias.detach().to(dtype).contiguous()
             layer = _Layer(
                 qweight=packed.data_ptr(),
@@ -126,17 +129,18 @@ class NativeKernel(BitKernelBase):
                 per_token=config.scales_each_token,
                 isa=self._isa,
             )
-            layers[dtype] = ctypes.addressof(layer), layer, own_bias
-            return layers[dtype][0]
+            layers[dtype, columns] = ctypes.addressof(layer), layer, own_bias
+            return ctypes.addressof(layer)
 
         def call(x: Tensor) -> Tensor:
             dtype, shape = x.dtype, x.shape
-            if dtype not in _DTYPES:
+            if dtype not in _DTYPES or not x.is_cpu or not shape:
+                check_operands(x, scale, packed, bias)
                 return call(x.float()).to(dtype)
             if not x.is_contiguous():
                 x = x.contiguous()
-            known = layers.get(dtype)
-            layer = layer_of(dtype, shape[-1]) if known is None else known[0]
+            known = layers.get((dtype, shape[-1]))
+            layer = layer_of(x) if known is None else known[0]
             out = torch.empty((*shape[:-1], rows), dtype=dtype)
             if linear(layer, x.data_ptr(), x.numel() // shape[-1], out.data_ptr()):
                 raise MemoryError(f"there is no memory for activations of shape {list(shape)}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bitcore._activations import eight_bits, largest
 from bitcore.config import BitQuantConfig
+from bitcore.kernels._operands import check_operands
 from bitcore.kernels.base import BitKernelBase
 from bitcore.packing import tiles
 
@@ -40,6 +41,7 @@ class TorchKernel(BitKernelBase):
     ) -> Tensor:
         """Return the layer's output; see `BitKernelBase`."""
         config = config or BitQuantConfig()
+        check_operands(x, qweight_scale, qweight, bias)
         codes = tiles.unpack(qweight, len(qweight_scale), x.shape[-1])
         if not config.quantizes_activations:
             weight = codes.float() * qweight_scale.unsqueeze(-1)
