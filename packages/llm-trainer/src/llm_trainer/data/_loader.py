@@ -294,8 +294,8 @@ def _starting_workers() -> Generator[None]:
 def _end_workers(batches: Any) -> None:
     """End the workers of a loader that is gone, or of a process that is about to end.
 
-    There, `multiprocessing` would send them one SIGTERM, which they leave to the main process, and wait for
-    ever.
+    At its end `multiprocessing` would send them one SIGTERM, which they leave to the main process, and wait
+    for ever.
     """
     batches._shutdown_workers()
     # That does nothing any more while Python ends.
