@@ -28,7 +28,7 @@ def compute_x_scale(x: Tensor, granularity: ActivationGranularity = "per_token")
     Raises:
         QuantizationError: x is not floating.
     """
-    return largest(x, granularity) / _MOST
+    return _largest(x, granularity) / _MOST
 
 
 def quantize_x(x: Tensor, granularity: ActivationGranularity = "per_token") -> tuple[Tensor, Tensor]:
@@ -46,8 +46,8 @@ def quantize_x(x: Tensor, granularity: ActivationGranularity = "per_token") -> t
     Raises:
         QuantizationError: x is not floating.
     """
-    magnitude = largest(x, granularity)
-    return magnitude / _MOST, eight_bits(x, magnitude).to(torch.int8)
+    scale, codes = eight_bits(x, granularity)
+    return scale, codes.to(torch.int8)
 
 
 def dequantize_x(scale: Tensor, qx: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -55,11 +55,24 @@ def dequantize_x(scale: Tensor, qx: Tensor, dtype: torch.dtype = torch.float32) 
     return (qx.float() * scale.float()).to(dtype)
 
 
-def largest(x: Tensor, granularity: str) -> Tensor:
-    """Return the largest magnitude of each row or of all, fp32 and at least 1e-5."""
+def eight_bits(x: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
+    """Return what `quantize_x` does, the codes as fp32."""
+    magnitude = _largest(x, granularity)
+    # The factor in two roundings, as torch divides a number by a tensor.
+    codes = (x.float() * (magnitude.reciprocal() * _MOST)).round().clamp(-128, 127)
+    return magnitude / _MOST, codes
+
+
+def check_floating(x: Tensor) -> None:
+    """Raise `QuantizationError` if inputs are not floating."""
     if not isinstance(cast("object", x), Tensor) or not x.is_floating_point():
         kind = getattr(x, "dtype", type(x).__name__)
         raise QuantizationError(f"a ternary layer takes floating inputs, but was given {kind}.")
+
+
+def _largest(x: Tensor, granularity: str) -> Tensor:
+    """Return the largest magnitude of each row or of all, fp32 and at least 1e-5."""
+    check_floating(x)
     magnitude = x.float().abs()
     if granularity == "per_tensor":
         most = magnitude.amax().view(1) if magnitude.numel() else magnitude.new_zeros(1)
@@ -68,9 +81,3 @@ def largest(x: Tensor, granularity: str) -> Tensor:
     else:
         most = magnitude.new_zeros((*magnitude.shape[:-1], 1))
     return most.clamp(min=_LEAST_MAGNITUDE)
-
-
-def eight_bits(x: Tensor, magnitude: Tensor) -> Tensor:
-    """Return codes as fp32."""
-    # The factor in two roundings, as torch divides a number by a tensor.
-    return (x.float() * (magnitude.reciprocal() * _MOST)).round().clamp(-128, 127)

@@ -10,7 +10,7 @@ from torch import Tensor
 from bitcore.config import WeightGranularity
 from bitcore.exceptions import QuantizationError
 
-LEAST_SCALE = 1e-5
+_LEAST_SCALE = 1e-5
 """What a scale is at least, so that zeros can be divided by it."""
 
 
@@ -35,9 +35,9 @@ def mean_magnitude(weight: Tensor, granularity: str) -> Tensor:
     """Return what `compute_weight_scale` does, of a weight that may be anything."""
     magnitude = weight.float().abs()
     if granularity == "per_tensor":
-        return magnitude.mean().clamp(min=LEAST_SCALE).view(1)
+        return magnitude.mean().clamp(min=_LEAST_SCALE).view(1)
     inner = tuple(range(1, magnitude.ndim))
-    return (magnitude.mean(inner, keepdim=True) if inner else magnitude).clamp(min=LEAST_SCALE)
+    return (magnitude.mean(inner, keepdim=True) if inner else magnitude).clamp(min=_LEAST_SCALE)
 
 
 def quantize_weight(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
+from bitcore._names import nearest
 from bitcore.exceptions import QuantizationError
 
 __all__ = ["ActivationDtype", "ActivationGranularity", "BitQuantConfig", "WeightGranularity"]
@@ -69,7 +69,5 @@ class BitQuantConfig:
         """
         for name in values:
             if name not in _ALLOWED:
-                close = difflib.get_close_matches(str(name), _ALLOWED, n=1)
-                hint = f"; did you mean {close[0]}?" if close else "."
-                raise QuantizationError(f"{name!r} is none of {', '.join(_ALLOWED)}{hint}")
+                raise QuantizationError(f"{name!r} is none of {', '.join(_ALLOWED)}{nearest(name, _ALLOWED)}")
         return cls(**values)

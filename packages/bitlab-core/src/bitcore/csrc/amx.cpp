@@ -176,4 +176,9 @@ int64_t scratch_bytes(const bitcore_work *work) {
 
 }  // namespace
 
-const bitcore_set bitcore_amx = {largest, round_row, tiles, scratch_bytes};
+const bitcore_set bitcore_amx = {
+    {largest_of<BITCORE_F32>, largest_of<BITCORE_BF16>, largest_of<BITCORE_F16>},
+    {round_floats<BITCORE_F32>, round_floats<BITCORE_BF16>, round_floats<BITCORE_F16>},
+    tiles,
+    scratch_bytes,
+};

@@ -80,17 +80,6 @@ int32_t round_floats(const void *x, int64_t count, float factor, int8_t *codes) 
     return int32_t(total);
 }
 
-uint32_t largest(const void *x, int64_t count, int32_t dtype) {
-    if (dtype == BITCORE_F32) return largest_of<BITCORE_F32>(x, count);
-    return dtype == BITCORE_BF16 ? largest_of<BITCORE_BF16>(x, count) : largest_of<BITCORE_F16>(x, count);
-}
-
-int32_t round_row(const void *x, int64_t count, int32_t dtype, float factor, int8_t *codes) {
-    if (dtype == BITCORE_F32) return round_floats<BITCORE_F32>(x, count, factor, codes);
-    return dtype == BITCORE_BF16 ? round_floats<BITCORE_BF16>(x, count, factor, codes)
-                                 : round_floats<BITCORE_F16>(x, count, factor, codes);
-}
-
 template <int32_t kDtype>
 void finish(const bitcore_work *work, int64_t m, int64_t row, __m256i sums) {
     const bitcore_layer *layer = work->layer;
@@ -169,4 +158,9 @@ int64_t scratch_bytes(const bitcore_work *) { return 0; }
 
 }  // namespace
 
-const bitcore_set bitcore_avx2 = {largest, round_row, tiles, scratch_bytes};
+const bitcore_set bitcore_avx2 = {
+    {largest_of<BITCORE_F32>, largest_of<BITCORE_BF16>, largest_of<BITCORE_F16>},
+    {round_floats<BITCORE_F32>, round_floats<BITCORE_BF16>, round_floats<BITCORE_F16>},
+    tiles,
+    scratch_bytes,
+};

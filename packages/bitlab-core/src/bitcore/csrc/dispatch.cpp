@@ -22,11 +22,14 @@ const bitcore_set *set_of(int32_t isa) {
 }
 
 void some_tiles(int64_t begin, int64_t end, void *context) {
-    const bitcore_work *work = static_cast<const bitcore_work *>(context);
+    bitcore_work *work = static_cast<bitcore_work *>(context);
     const bitcore_set *set = set_of(work->layer->isa);
     const int64_t bytes = set->scratch_bytes(work);
     void *scratch = bytes ? aligned_alloc(64, bitcore_up(bytes, 64)) : nullptr;
-    if (bytes && !scratch) abort();  // As the allocator of any process does that is out of memory by kilobytes.
+    if (bytes && !scratch) {
+        __atomic_store_n(&work->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
     set->tiles(work, begin, end, scratch);
     free(scratch);
 }
@@ -60,6 +63,8 @@ BITCORE_EXPORT int32_t bitcore_best_isa() {
 BITCORE_EXPORT int32_t bitcore_linear(const bitcore_layer *layer, const void *x, int64_t inputs, void *out) {
     if (inputs == 0) return 0;
     const bitcore_set *set = set_of(layer->isa);
+    const auto largest_of = set->largest[layer->dtype];
+    const auto round_row = set->round_row[layer->dtype];
     const int64_t columns = layer->columns, stride = bitcore_up(columns, BITCORE_BLOCK);
     const int64_t codes_bytes = bitcore_up(inputs * stride, 64);
     char *memory = static_cast<char *>(aligned_alloc(64, bitcore_up(codes_bytes + inputs * 8, 64)));
@@ -70,27 +75,27 @@ BITCORE_EXPORT int32_t bitcore_linear(const bitcore_layer *layer, const void *x,
     const int64_t row_bytes = columns * bitcore_size(layer->dtype);
     const char *rows = static_cast<const char *>(x);
 
-    uint32_t largest = layer->per_token ? 0 : set->largest(x, inputs * columns, layer->dtype);
+    uint32_t largest = layer->per_token ? 0 : largest_of(x, inputs * columns);
     for (int64_t m = 0; m < inputs; ++m) {
-        if (layer->per_token) largest = set->largest(rows + m * row_bytes, columns, layer->dtype);
+        if (layer->per_token) largest = largest_of(rows + m * row_bytes, columns);
         float most = as_float(largest);
         if (most < 1e-5f) most = 1e-5f;
         // Of infinity and NaN nothing is left but that they were there.
         scales[m] = largest >= 0x7f800000u ? as_float(0x7fc00000u) : most / 127.0f;
         int8_t *row = codes + m * stride;
-        sums[m] = set->round_row(rows + m * row_bytes, columns, layer->dtype, 1.0f / most * 127.0f, row);
+        sums[m] = round_row(rows + m * row_bytes, columns, 1.0f / most * 127.0f, row);
         memset(row + columns, 0, stride - columns);
     }
 
     bitcore_work work = {layer, inputs, stride, bitcore_up(columns, BITCORE_STEP) / BITCORE_STEP,
-                         codes, scales, sums, static_cast<char *>(out)};
+                         codes, scales, sums, static_cast<char *>(out), 0};
     const int64_t tiles = (layer->rows + 63) / 64;
     // A thread is worth waking for some ten microseconds of work.
     const int64_t grain = (int64_t(1) << 20) / (64 * columns * (inputs < 4 ? 1 : inputs)) + 1;
     if (!layer->parallel_for || layer->parallel_for(0, tiles, grain, some_tiles, &work) != 0)
         some_tiles(0, tiles, &work);
     free(memory);
-    return 0;
+    return work.failed;
 }
 
 }  // extern "C"

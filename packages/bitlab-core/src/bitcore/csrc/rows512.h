@@ -72,17 +72,6 @@ int32_t round_floats(const void *x, int64_t count, float factor, int8_t *codes) 
     return _mm512_reduce_add_epi32(sum);
 }
 
-uint32_t largest(const void *x, int64_t count, int32_t dtype) {
-    if (dtype == BITCORE_F32) return largest_of<BITCORE_F32>(x, count);
-    return dtype == BITCORE_BF16 ? largest_of<BITCORE_BF16>(x, count) : largest_of<BITCORE_F16>(x, count);
-}
-
-int32_t round_row(const void *x, int64_t count, int32_t dtype, float factor, int8_t *codes) {
-    if (dtype == BITCORE_F32) return round_floats<BITCORE_F32>(x, count, factor, codes);
-    return dtype == BITCORE_BF16 ? round_floats<BITCORE_BF16>(x, count, factor, codes)
-                                 : round_floats<BITCORE_F16>(x, count, factor, codes);
-}
-
 // Scale 16 sums of one row of inputs and write them: the rows of the weight from `row` on.
 template <int32_t kDtype>
 inline void finish(const bitcore_work *work, int64_t m, int64_t row, __m512i sums) {

@@ -43,14 +43,15 @@ struct bitcore_work {
     const float *scales;    // [inputs]
     const int32_t *sums;    // [inputs], of the codes
     char *out;              // [inputs][rows] in the layer's dtype
+    int32_t failed;         // set where there was no memory
 };
 
 // What an instruction set has.
 struct bitcore_set {
-    // The bits of the largest magnitude; those of NaN are larger than any number's.
-    uint32_t (*largest)(const void *x, int64_t count, int32_t dtype);
-    // Round to 8 bits after multiplying; return the sum of what came of it.
-    int32_t (*round_row)(const void *x, int64_t count, int32_t dtype, float factor, int8_t *codes);
+    // By dtype: the bits of the largest magnitude; those of NaN are larger than any number's.
+    uint32_t (*largest[3])(const void *x, int64_t count);
+    // By dtype: round to 8 bits after multiplying; return the sum of what came of it.
+    int32_t (*round_row[3])(const void *x, int64_t count, float factor, int8_t *codes);
     // Some tiles of 64 rows; the memory is `scratch_bytes` long.
     void (*tiles)(const struct bitcore_work *, int64_t begin, int64_t end, void *scratch);
     int64_t (*scratch_bytes)(const struct bitcore_work *);

@@ -58,4 +58,9 @@ int64_t scratch_bytes(const bitcore_work *) { return 0; }
 
 }  // namespace
 
-const bitcore_set bitcore_vnni = {largest, round_row, tiles, scratch_bytes};
+const bitcore_set bitcore_vnni = {
+    {largest_of<BITCORE_F32>, largest_of<BITCORE_BF16>, largest_of<BITCORE_F16>},
+    {round_floats<BITCORE_F32>, round_floats<BITCORE_BF16>, round_floats<BITCORE_F16>},
+    tiles,
+    scratch_bytes,
+};

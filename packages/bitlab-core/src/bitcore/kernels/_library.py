@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
-from bitcore.kernels._operands import check_operands
 from bitcore.kernels.registry import KernelRegistry
 from bitcore.packing import tiles
 
@@ -38,8 +37,7 @@ def _linear(
     x: Tensor, qweight_scale: Tensor, qweight: Tensor, bias: Tensor | None, activations: str
 ) -> Tensor:
     config = _config_of(activations)
-    check_operands(x, qweight_scale, qweight, bias)
-    shape = (qweight_scale.numel(), x.shape[-1])
+    shape = (qweight_scale.numel(), x.shape[-1]) if x.ndim else None
     kernel = KernelRegistry.get_kernel_for_config(config, x.device, shape)
     return kernel(x, qweight_scale, qweight, bias, config)
 

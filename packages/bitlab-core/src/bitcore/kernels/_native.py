@@ -6,12 +6,13 @@ import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from bitcore.config import BitQuantConfig
+from bitcore.exceptions import QuantizationError
 from bitcore.kernels._operands import check_operands
 from bitcore.kernels.base import BitKernelBase
 
@@ -109,6 +110,8 @@ class NativeKernel(BitKernelBase):
         config: BitQuantConfig | None = None,
     ) -> Callable[[Tensor], Tensor]:
         """Return what takes inputs and gives the layer's outputs; see `BitKernelBase`."""
+        if not qweight.is_cpu:
+            raise QuantizationError(f"{self.name} runs on the CPU, but the weight is on {qweight.device}.")
         config = config or BitQuantConfig()
         rows, linear = qweight_scale.numel(), _library()[0]
         scale, packed = qweight_scale.contiguous(), qweight.contiguous()
@@ -184,4 +187,4 @@ class AmxKernel(NativeKernel):
     _isa, _needs = 3, "AMX (or the system does not grant it)"
 
 
-KERNELS = cast("tuple[type[NativeKernel], ...]", (Avx2Kernel, VnniKernel, AmxKernel))
+KERNELS: tuple[type[NativeKernel], ...] = (Avx2Kernel, VnniKernel, AmxKernel)

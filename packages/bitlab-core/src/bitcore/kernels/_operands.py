@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitcore._activations import check_floating
 from bitcore.exceptions import QuantizationError
 from bitcore.packing import tiles
 
 
 def check_operands(x: Tensor, qweight_scale: Tensor, qweight: Tensor, bias: Tensor | None) -> None:
     """Raise `QuantizationError` where shapes, dtypes or devices do not fit one another."""
-    if not x.is_floating_point():
-        raise QuantizationError(f"a ternary layer takes floating inputs, but was given {x.dtype}.")
+    check_floating(x)
     rows = qweight_scale.numel()
     if qweight_scale.ndim != 1 or qweight_scale.dtype != torch.float32:
         raise QuantizationError(

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bitcore._activations import eight_bits, largest
+from bitcore._activations import eight_bits
 from bitcore.config import BitQuantConfig
 from bitcore.kernels._operands import check_operands
 from bitcore.kernels.base import BitKernelBase
@@ -47,10 +47,10 @@ class TorchKernel(BitKernelBase):
             weight = codes.float() * qweight_scale.unsqueeze(-1)
             out = x.float() @ weight.t()
         else:
-            most = largest(x, config.activation_granularity)
+            scale, qx = eight_bits(x, config.activation_granularity)
             wide = torch.float32 if x.shape[-1] <= _EXACT_COLUMNS else torch.float64
-            product = (eight_bits(x, most).to(wide) @ codes.to(wide).t()).float()
-            out = product * (most / 127.0 * qweight_scale)
+            product = (qx.to(wide) @ codes.to(wide).t()).float()
+            out = product * (scale * qweight_scale)
         if bias is not None:
             out = out + bias.float()
         return out.to(x.dtype)

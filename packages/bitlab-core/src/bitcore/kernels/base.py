@@ -102,6 +102,9 @@ class BitKernelBase(ABC):
 
         Returns:
             [..., rows], in x's dtype.
+
+        Raises:
+            QuantizationError: Shapes, dtypes or devices do not fit one another.
         """
 
     def bind(

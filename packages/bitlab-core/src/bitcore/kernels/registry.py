@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import threading
 from typing import ClassVar, TypeVar
 
 import torch
 
+from bitcore._names import nearest
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import KernelNotFoundError
 from bitcore.kernels.base import BitKernelBase
@@ -47,10 +47,9 @@ class KernelRegistry:
             KernelNotFoundError: There is none of this name.
         """
         if name not in cls._kernels:
-            close = difflib.get_close_matches(name, cls._kernels, n=1)
-            hint = f"; did you mean {close[0]}?" if close else "."
+            known = cls.list_available_kernels()
             raise KernelNotFoundError(
-                f"there is no kernel {name!r} among {', '.join(cls.list_available_kernels())}{hint}"
+                f"there is no kernel {name!r} among {', '.join(known)}{nearest(name, known)}"
             )
         return cls._kernels[name]
 

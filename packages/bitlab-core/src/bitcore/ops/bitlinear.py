@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitcore._activations import eight_bits, largest
+from bitcore._activations import check_floating, eight_bits
 from bitcore._weights import mean_magnitude, ternary
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
@@ -97,11 +97,12 @@ def fake_quantize_x(x: Tensor, config: BitQuantConfig) -> Tensor:
     Raises:
         QuantizationError: x is not floating.
     """
+    if not config.quantizes_activations:
+        check_floating(x)
+        return x
     with torch.no_grad():
-        most = largest(x, config.activation_granularity)
-        if not config.quantizes_activations:
-            return x
-        rounded = (eight_bits(x, most) * (most / 127.0)).to(x.dtype)
+        scale, codes = eight_bits(x, config.activation_granularity)
+        rounded = (codes * scale).to(x.dtype)
     return _straight(x, rounded)
 
 
