@@ -115,7 +115,8 @@ class NativeKernel(BitKernelBase):
         config = config or BitQuantConfig()
         rows, linear = qweight_scale.numel(), _library()[0]
         scale, packed = qweight_scale.contiguous(), qweight.contiguous()
-        layers: dict[tuple[torch.dtype, int], tuple[int, _Layer, Tensor | None]] = {}
+        # What stands for the layer in C, and what that points to, by the dtype of the inputs.
+        layers: dict[torch.dtype, tuple[int, int, _Layer, Tensor | None]] = {}
 
         def layer_of(x: Tensor) -> int:
             check_operands(x, scale, packed, bias)
@@ -132,7 +133,7 @@ class NativeKernel(BitKernelBase):
                 per_token=config.scales_each_token,
                 isa=self._isa,
             )
-            layers[dtype, columns] = ctypes.addressof(layer), layer, own_bias
+            layers[dtype] = columns, ctypes.addressof(layer), layer, own_bias
             return ctypes.addressof(layer)
 
         def call(x: Tensor) -> Tensor:
@@ -142,10 +143,11 @@ class NativeKernel(BitKernelBase):
                 return call(x.float()).to(dtype)
             if not x.is_contiguous():
                 x = x.contiguous()
-            known = layers.get((dtype, shape[-1]))
-            layer = layer_of(x) if known is None else known[0]
-            out = torch.empty((*shape[:-1], rows), dtype=dtype)
-            if linear(layer, x.data_ptr(), x.numel() // shape[-1], out.data_ptr()):
+            columns = shape[-1]
+            known = layers.get(dtype)
+            layer = layer_of(x) if known is None or known[0] != columns else known[1]
+            out = x.new_empty((*shape[:-1], rows))
+            if linear(layer, x.data_ptr(), x.numel() // columns, out.data_ptr()):
                 raise MemoryError(f"there is no memory for activations of shape {list(shape)}")
             return out
 

@@ -56,7 +56,7 @@ def forward(
     Args:
         x: Floating, [..., columns].
         weight: Floating, [rows, columns]; needed for training. Elsewhere it is packed at each call where no
-            packed one is given.
+            packed one is given, and gets its gradient either way.
         bias: [rows].
         quant_config: How both are quantised; the default of `BitQuantConfig` if None.
         training: With gradients, from the float weight.
@@ -75,12 +75,16 @@ def forward(
             raise QuantizationError("training=True needs the float weight; packed weights cannot be trained.")
         _check_columns(x, weight)
         return F.linear(fake_quantize_x(x, config), fake_quantize_weight(weight, config), bias)
+    if weight is not None:
+        _check_columns(x, weight)
     if qweight is None or qweight_scale is None:
         if weight is None:
             raise QuantizationError("training=False needs qweight and qweight_scale, or the float weight.")
-        _check_columns(x, weight)
         qweight_scale, qweight = prepare_weights(weight, config)
-    return _library.linear(x, qweight_scale, qweight, bias, config)
+    out = _library.linear(x, qweight_scale, qweight, bias, config)
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        return cast("Any", _WeightGradient).apply(out, x, weight, config)
+    return out
 
 
 def fake_quantize_weight(weight: Tensor, config: BitQuantConfig) -> Tensor:
@@ -116,6 +120,25 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
         return grads[0], None
+
+
+class _WeightGradient(torch.autograd.Function):
+    """Passes a packed layer's output on, and its gradient to the float weight that was packed."""
+
+    @staticmethod
+    def forward(  # pyright: ignore
+        ctx: Any, out: Tensor, x: Tensor, weight: Tensor, config: BitQuantConfig
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.config, ctx.dtype = config, weight.dtype
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, None]:  # pyright: ignore
+        (grad,), (x,) = grads, ctx.saved_tensors
+        rounded = fake_quantize_x(x, ctx.config).reshape(-1, x.shape[-1])
+        by_weight = grad.reshape(-1, grad.shape[-1]).t() @ rounded
+        return grad, None, by_weight.to(ctx.dtype), None
 
 
 def _straight(value: Tensor, rounded: Tensor) -> Tensor:

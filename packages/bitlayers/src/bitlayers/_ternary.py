@@ -1,0 +1,202 @@
+"""What all ternary layers share: a float weight that is packed for evaluation, and for good by `deploy`."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from bitcore.config import BitQuantConfig
+from bitcore.exceptions import QuantizationError
+from torch import Tensor, nn
+
+__all__ = ["TernaryLayer"]
+
+
+class TernaryLayer(nn.Module):
+    """A layer with one ternary weight.
+
+    In training it keeps a float weight, which each step rounds. In evaluation the weight is packed at the
+    first call and again whenever it changed. `deploy` drops the float weight: from then on the layer and its
+    state dict hold `qweight` and `qweight_scale` in its place.
+    """
+
+    scale_follows_dtype: ClassVar[bool] = False
+    """Whether `half()` and its like convert `qweight_scale` too; where they do not, it stays fp32."""
+
+    depends_on: ClassVar[tuple[str, ...]] = ("weight",)
+    """The parameters of which something is kept for evaluation."""
+
+    weight: nn.Parameter | None
+    """The float weight; None once the layer is deployed."""
+    qweight: Tensor | None
+    """The packed codes, uint8; None in training."""
+    qweight_scale: Tensor | None
+    """What codes are multiplied by, fp32; None in training."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        quant_config: BitQuantConfig | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.quant_config = quant_config or BitQuantConfig()
+        self.weight_shape = shape
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.register_buffer("qweight", None, persistent=False)
+        self.register_buffer("qweight_scale", None, persistent=False)
+        self._kept_of: list[tuple[str, Tensor, int | None, int]] | None = None
+
+    @abstractmethod
+    def _pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scale and the packed codes of a weight."""
+
+    @abstractmethod
+    def _packed_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of the scale and of the packed codes."""
+
+    @property
+    def is_deployed(self) -> bool:
+        """Whether the float weight is gone."""
+        return self._parameters.get("weight", self) is None
+
+    @torch.no_grad()
+    def deploy(self) -> Self:
+        """Drop the float weight and keep packed codes, 2 bits a weight, for good. Return the layer.
+
+        On the meta device the packed weight is empty, for a checkpoint to be loaded into.
+
+        Raises:
+            QuantizationError: The weight holds NaN or infinity. The layer stays as it was.
+        """
+        if self.weight is None:
+            return self
+        device = self.weight.device
+        if device.type == "meta":
+            scale_shape, packed_shape = self._packed_shapes()
+            scale = torch.empty(scale_shape, device=device, dtype=self._scale_dtype(self.weight))
+            packed = torch.empty(packed_shape, device=device, dtype=torch.uint8)
+        else:
+            scale, packed = self._pack(self.weight)
+        self._forget()
+        self.weight = None
+        self.register_buffer("qweight_scale", scale)
+        self.register_buffer("qweight", packed)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Go to training, or to evaluation with `mode=False`.
+
+        Raises:
+            QuantizationError: The layer is deployed and has no weight to train.
+        """
+        if mode and self.is_deployed:
+            raise QuantizationError(
+                f"this {type(self).__name__} is deployed: its float weight is gone, so it cannot be trained. "
+                "Train a layer that holds the float weight, and deploy a copy of it."
+            )
+        if mode:
+            self._forget()
+        return super().train(mode)
+
+    @property
+    def _form(self) -> str:
+        """How `extra_repr` ends."""
+        return ", deployed" if self.is_deployed else ""
+
+    @property
+    def weight_count(self) -> int:
+        """How many weights there are, packed or not."""
+        return math.prod(self.weight_shape)
+
+    @property
+    def packed_bytes(self) -> int:
+        """What the packed weight and its scale take, now or after `deploy`."""
+        scale, codes = self._packed_shapes()
+        weight = self.qweight_scale if self.weight is None else self.weight
+        return math.prod(codes) + math.prod(scale) * self._scale_dtype(cast("Tensor", weight)).itemsize
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """Return `qweight_scale` and `qweight`, which are brought up to date where the weight has changed.
+
+        Raises:
+            QuantizationError: The weight holds NaN or infinity.
+        """
+        if self._is_stale():
+            self._forget()
+            if self.weight is not None:
+                with torch.no_grad():
+                    self.qweight_scale, self.qweight = self._pack(self.weight)
+            sources = [(name, cast("Tensor | None", getattr(self, name))) for name in self.depends_on]
+            self._kept_of = [(name, t, _version(t), t.data_ptr()) for name, t in sources if t is not None]
+        return cast("Tensor", self.qweight_scale), cast("Tensor", self.qweight)
+
+    def _scale_dtype(self, weight: Tensor) -> torch.dtype:
+        return weight.dtype if self.scale_follows_dtype else torch.float32
+
+    def _is_stale(self) -> bool:
+        if self._kept_of is None:
+            return True
+        parameters = self._parameters
+        for name, tensor, version, pointer in self._kept_of:
+            # A weight that is computed whenever it is asked for is no parameter, and is packed each time.
+            if parameters.get(name) is not tensor or tensor.data_ptr() != pointer:
+                return True
+            if version is not None and tensor._version != version:
+                return True
+        return False
+
+    def _forget(self) -> None:
+        """Drop what is kept for evaluation."""
+        self._kept_of = None
+        if not self.is_deployed:
+            self.qweight = self.qweight_scale = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._forget()
+        scale = self.qweight_scale
+        cast("Any", super())._apply(fn, recurse)
+        moved = self.qweight_scale
+        if scale is not None and moved is not None and not self.scale_follows_dtype:
+            self.qweight_scale = moved if moved.dtype == scale.dtype else scale.to(moved.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: Any, *args: Any, **kwargs: Any) -> None:
+        name = prefix.removesuffix(".") or f"this {type(self).__name__}"
+        if self.is_deployed and prefix + "weight" in state_dict:
+            raise QuantizationError(
+                f"{name} is deployed, but the state dict holds its float weight. Load it before deploy()."
+            )
+        if not self.is_deployed and prefix + "qweight" in state_dict:
+            raise QuantizationError(
+                f"{name} holds a float weight, but the state dict is that of a deployed layer. "
+                "Call deploy() before loading it."
+            )
+        cast("Any", super())._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__ | {"_kept_of": None}
+        if not self.is_deployed:
+            state["_buffers"] = {**self._buffers, "qweight": None, "qweight_scale": None}
+        return state
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Return whether what is computed of these is to have gradients."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise `QuantizationError` unless all sizes are whole numbers above zero."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(cast("object", size), int) or size < 1:
+            raise QuantizationError(f"{name} is {size!r}; it must be a whole number above zero.")
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return what changes with a tensor's values; those made in inference mode have nothing of the kind."""
+    return None if tensor.is_inference() else tensor._version
