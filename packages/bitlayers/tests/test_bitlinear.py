@@ -313,6 +313,20 @@ class _Negative(nn.Module):
         return -weight
 
 
+@pytest.mark.parametrize("deployed", [False, True])
+def test_what_inference_mode_packed_serves_gradients_too(deployed):
+    layer, x = BitLinear(16, 8).eval(), torch.randn(2, 16)
+    with torch.inference_mode():
+        if deployed:
+            layer.deploy()
+        expected = layer(x)
+    x.requires_grad_()
+    out = layer(x)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert x.grad.any()
+
+
 def test_weights_of_inference_mode():
     with torch.inference_mode():
         layer = BitLinear(16, 8).eval()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from bitcore.exceptions import QuantizationError
+from bitcore.ops import quantize_weight
 from bitlayers import BitConv2d, BitEmbedding, BitLinear
 from bitlayers.utils import (
     compare_layers,
@@ -117,3 +118,28 @@ def test_times_are_medians_of_turns(monkeypatch):
     assert calls[4:] == ([*["quick"] * 20, "slow"] * 3)
     with pytest.raises(QuantizationError, match="rounds is 0"):
         median_times_ms([call("quick")], rounds=0)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [BitLinear(33, 21), BitConv2d(4, 6, (3, 2), groups=2), BitEmbedding(9, 7)],
+    ids=lambda x: type(x).__name__,
+)
+def test_codes_are_those_of_the_float_weight_in_every_form(layer):
+    expected = quantize_weight(layer.weight.detach())
+    for form in (layer, layer.eval(), layer.deploy()):
+        scale, codes = form.ternary_weight()
+        assert torch.equal(codes, expected[1])
+        assert torch.equal(scale.unique(), expected[0])
+
+
+def test_strength_is_for_training_alone():
+    linear, layer = nn.Linear(8, 4), BitLinear(8, 4)
+    layer.load_state_dict(linear.state_dict())
+    x, full = torch.randn(5, 8), layer.ternary_weight()[1] * layer.packed()[0][:, None]
+    layer.strength = 0.25
+    x_scale = x.abs().amax(-1, keepdim=True) / 127
+    near = x + 0.25 * ((x / x_scale).round() * x_scale - x)
+    weight = linear.weight + 0.25 * (full - linear.weight)
+    torch.testing.assert_close(layer(x), near @ weight.t() + linear.bias, rtol=1e-4, atol=1e-5)
+    assert torch.equal(layer.eval()(x), layer.deploy()(x))

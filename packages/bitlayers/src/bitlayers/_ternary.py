@@ -45,6 +45,8 @@ class TernaryLayer(nn.Module):
         super().__init__()
         self.quant_config = quant_config or BitQuantConfig()
         self.weight_shape = shape
+        self.strength = 1.0
+        """How much of the rounding is done in training: 0 none, 1 all. Evaluation always rounds."""
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.register_buffer("qweight", None, persistent=False)
         self.register_buffer("qweight_scale", None, persistent=False)
@@ -58,11 +60,16 @@ class TernaryLayer(nn.Module):
     def _packed_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of the scale and of the packed codes."""
 
+    @abstractmethod
+    def _unpack(self, qweight: Tensor) -> Tensor:
+        """Return the codes that `_pack` packed, int8 in the weight's shape."""
+
     @property
     def is_deployed(self) -> bool:
         """Whether the float weight is gone."""
         return self._parameters.get("weight", self) is None
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def deploy(self) -> Self:
         """Drop the float weight and keep packed codes, 2 bits a weight, for good. Return the layer.
@@ -128,11 +135,27 @@ class TernaryLayer(nn.Module):
         if self._is_stale():
             self._forget()
             if self.weight is not None:
-                with torch.no_grad():
+                # Nor as tensors of inference mode, which gradients could not be computed with later.
+                with torch.inference_mode(False), torch.no_grad():
                     self.qweight_scale, self.qweight = self._pack(self.weight)
             sources = [(name, cast("Tensor | None", getattr(self, name))) for name in self.depends_on]
             self._kept_of = [(name, t, _version(t), t.data_ptr()) for name, t in sources if t is not None]
         return cast("Tensor", self.qweight_scale), cast("Tensor", self.qweight)
+
+    def ternary_weight(self) -> tuple[Tensor, Tensor]:
+        """Return the scale as it is stored, and the codes, int8 of -1, 0 and 1 in the weight's shape.
+
+        Raises:
+            QuantizationError: The weight holds NaN or infinity.
+        """
+        with torch.no_grad():
+            scale, qweight = self.packed()
+            return scale, self._unpack(qweight)
+
+    @property
+    def _strength(self) -> float:
+        """How much of the rounding is done where gradients are wanted."""
+        return self.strength if self.training else 1.0
 
     def _scale_dtype(self, weight: Tensor) -> torch.dtype:
         return weight.dtype if self.scale_follows_dtype else torch.float32

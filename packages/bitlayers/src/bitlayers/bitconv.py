@@ -120,8 +120,8 @@ class BitConv2d(TernaryLayer):
         if weight is not None and (
             self.training or torch.compiler.is_compiling() or wants_gradients(x, weight, self.bias)
         ):
-            rounded = bitlinear.fake_quantize_x(x.flatten(1), self.quant_config).view_as(x)
-            fake = bitlinear.fake_quantize_weight(weight, self.quant_config)
+            rounded = bitlinear.fake_quantize_x(x.flatten(1), self.quant_config, self._strength).view_as(x)
+            fake = bitlinear.fake_quantize_weight(weight, self.quant_config, self._strength)
             return self._convolve(rounded, fake, self.bias)
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -142,8 +142,7 @@ class BitConv2d(TernaryLayer):
 
     def _evaluate(self, x: Tensor) -> Tensor:
         qweight_scale, qweight = self.packed()
-        codes = rows.unpack(qweight, self.out_channels, self._terms)
-        codes = codes.view(self.out_channels, -1, *self.kernel_size)
+        codes = self._unpack(qweight)
         scale = qweight_scale.view(-1, 1, 1)
         if not self.quant_config.quantizes_activations:
             out = self._convolve(x, (codes * scale.unsqueeze(1)).to(x.dtype), None).float()
@@ -177,6 +176,9 @@ class BitConv2d(TernaryLayer):
     def _pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         scale, codes = quantize_weight(weight, self.quant_config.weight_granularity)
         return scale.view(-1).expand(self.out_channels).contiguous(), rows.pack(codes.flatten(1))
+
+    def _unpack(self, qweight: Tensor) -> Tensor:
+        return rows.unpack(qweight, self.out_channels, self._terms).view(self.weight_shape)
 
     def _packed_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (self.out_channels,), (self.out_channels, (self._terms + 3) // 4)

@@ -85,7 +85,7 @@ class BitEmbedding(TernaryLayer):
             raise QuantizationError(f"ids are int32 or int64, but these are {ids.dtype}.")
         weight = self.weight
         if weight is not None and (self.training or torch.compiler.is_compiling() or wants_gradients(weight)):
-            fake = bitlinear.fake_quantize_weight(weight, self.quant_config)
+            fake = bitlinear.fake_quantize_weight(weight, self.quant_config, self._strength)
             return F.embedding(ids, fake, self.padding_idx)
         scale, packed = self.packed()
         flat = ids.flatten()
@@ -101,6 +101,9 @@ class BitEmbedding(TernaryLayer):
     def _pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         scale, codes = quantize_weight(weight, self.quant_config.weight_granularity)
         return scale.to(weight.dtype), rows.pack(codes)
+
+    def _unpack(self, qweight: Tensor) -> Tensor:
+        return rows.unpack(qweight, self.num_embeddings, self.embedding_dim)
 
     def _packed_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         each = self.quant_config.weight_granularity == "per_channel"

@@ -109,7 +109,13 @@ class BitLinear(TernaryLayer):
             x = self.norm(x)
         compiling = torch.compiler.is_compiling()
         if self.training or (compiling and self.weight is not None):
-            return bitlinear.forward(x, weight=self.weight, bias=self.bias, quant_config=self.quant_config)
+            return bitlinear.forward(
+                x,
+                weight=self.weight,
+                bias=self.bias,
+                quant_config=self.quant_config,
+                strength=self._strength,
+            )
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(device))
@@ -143,6 +149,9 @@ class BitLinear(TernaryLayer):
 
     def _pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return bitlinear.prepare_weights(weight, self.quant_config)
+
+    def _unpack(self, qweight: Tensor) -> Tensor:
+        return tiles.unpack(qweight, self.out_features, self.in_features)
 
     def _packed_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (self.out_features,), tiles.packed_shape(self.out_features, self.in_features)

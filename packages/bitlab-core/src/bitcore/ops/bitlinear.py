@@ -45,6 +45,7 @@ def forward(
     training: bool = True,
     qweight: Tensor | None = None,
     qweight_scale: Tensor | None = None,
+    strength: float = 1.0,
 ) -> Tensor:
     """Return the output of a ternary linear layer.
 
@@ -62,6 +63,8 @@ def forward(
         training: With gradients, from the float weight.
         qweight: What `prepare_weights` returned.
         qweight_scale: What `prepare_weights` returned.
+        strength: In training, how much of the rounding is done: 0 none, 1 all. A network that was trained
+            with floats takes it better when it comes little by little.
 
     Returns:
         [..., rows], in x's dtype (under autocast, in its).
@@ -74,7 +77,9 @@ def forward(
         if weight is None:
             raise QuantizationError("training=True needs the float weight; packed weights cannot be trained.")
         _check_columns(x, weight)
-        return F.linear(fake_quantize_x(x, config), fake_quantize_weight(weight, config), bias)
+        return F.linear(
+            fake_quantize_x(x, config, strength), fake_quantize_weight(weight, config, strength), bias
+        )
     if weight is not None:
         _check_columns(x, weight)
     if qweight is None or qweight_scale is None:
@@ -87,16 +92,21 @@ def forward(
     return out
 
 
-def fake_quantize_weight(weight: Tensor, config: BitQuantConfig) -> Tensor:
-    """Return a weight rounded to -1, 0 and 1 times its scale, in its dtype; its gradient passes straight."""
+def fake_quantize_weight(weight: Tensor, config: BitQuantConfig, strength: float = 1.0) -> Tensor:
+    """Return a weight rounded to -1, 0 and 1 times its scale, in its dtype; its gradient passes straight.
+
+    With a `strength` below 1 it goes only that far from the weight to the rounded one.
+    """
     with torch.no_grad():
         scale = mean_magnitude(weight, config.weight_granularity)
         rounded = (ternary(weight, scale) * scale).to(weight.dtype)
-    return _straight(weight, rounded)
+    return _straight(weight, rounded, strength)
 
 
-def fake_quantize_x(x: Tensor, config: BitQuantConfig) -> Tensor:
+def fake_quantize_x(x: Tensor, config: BitQuantConfig, strength: float = 1.0) -> Tensor:
     """Return activations rounded to 8 bits times their scale, in their dtype; the gradient passes straight.
+
+    With a `strength` below 1 they go only that far from what they are to what is rounded.
 
     Raises:
         QuantizationError: x is not floating.
@@ -107,7 +117,7 @@ def fake_quantize_x(x: Tensor, config: BitQuantConfig) -> Tensor:
     with torch.no_grad():
         scale, codes = eight_bits(x, config.activation_granularity)
         rounded = (codes * scale).to(x.dtype)
-    return _straight(x, rounded)
+    return _straight(x, rounded, strength)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -141,7 +151,10 @@ class _WeightGradient(torch.autograd.Function):
         return grad, None, by_weight.to(ctx.dtype), None
 
 
-def _straight(value: Tensor, rounded: Tensor) -> Tensor:
+def _straight(value: Tensor, rounded: Tensor, strength: float) -> Tensor:
+    if strength != 1.0:
+        with torch.no_grad():
+            rounded = value.lerp(rounded, strength)
     return cast("Any", _StraightThrough).apply(value, rounded)
 
 
