@@ -1,0 +1,5 @@
+"""Ternary multilayer perceptrons."""
+
+from bitmodels.mlp._mlp import BitMLP, BitMLPConfig, BitMLPModel
+
+__all__ = ["BitMLP", "BitMLPConfig", "BitMLPModel"]

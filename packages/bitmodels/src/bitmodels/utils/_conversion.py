@@ -1,0 +1,176 @@
+"""Models whose layers become ternary."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar, cast
+
+import torch
+from bitcore.config import BitQuantConfig
+from bitlayers import BitConv2d, BitEmbedding, BitLinear
+from torch import nn
+
+from bitmodels.exceptions import QuantizationError
+
+__all__ = ["ConversionWarning", "convert_pytorch_model", "replace_linear_layers"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+class ConversionWarning(UserWarning):
+    """Layers were rounded to ternary weights that were trained as floats."""
+
+
+def replace_linear_layers(
+    model: nn.Module,
+    layer_class: type[BitLinear] = BitLinear,
+    quant_config: BitQuantConfig | None = None,
+    *,
+    exclude: Iterable[str] = (),
+    norm: bool = False,
+) -> nn.Module:
+    """Put a ternary layer in the place of each `torch.nn.Linear` of a model, and return the model.
+
+    The new layers take the parameters of the old ones, so that an optimiser still holds them. Left as they
+    are: subclasses of `torch.nn.Linear`, which may compute something else, and layers that share their
+    weight with one of another kind, such as a head that is the embedding too.
+
+    Args:
+        model: Changed in place; a `torch.nn.Linear` itself is left alone, and its ternary layer returned.
+        layer_class: What layers become.
+        quant_config: How they quantise; BitNet's own way if None.
+        exclude: Names of layers that stay, with `*` for anything, such as `lm_head` or `*.gate`.
+        norm: Put a `SubLN` before each new layer. Training needs it more than conversion does: it begins with
+            other outputs than the float layer's.
+
+    Raises:
+        QuantizationError: A name in `exclude` fits no layer.
+    """
+    return _replaced(model, {nn.Linear}, layer_class, quant_config, tuple(exclude), norm)[0]
+
+
+def convert_pytorch_model(
+    model: _Model,
+    quant_config: BitQuantConfig | None = None,
+    *,
+    exclude: Iterable[str] = (),
+    norm: bool = False,
+    convolutions: bool = False,
+    embeddings: bool = False,
+) -> _Model:
+    """Return a copy of a model with ternary layers in place of its linear ones.
+
+    Weights that were trained as floats lose much by being rounded: a `ConversionWarning` says so. `finetune`
+    makes up for most of it.
+
+    Args:
+        model: Left as it is.
+        quant_config: How layers quantise; BitNet's own way if None.
+        exclude: Names of layers that stay, with `*` for anything.
+        norm: Put a `SubLN` before each new linear layer.
+        convolutions: Convert each `torch.nn.Conv2d` too.
+        embeddings: Convert each `torch.nn.Embedding` too.
+
+    Raises:
+        QuantizationError: There is nothing to convert, or a name in `exclude` fits no layer.
+    """
+    kinds: set[type[nn.Module]] = {nn.Linear}
+    kinds |= {nn.Conv2d} if convolutions else set()
+    kinds |= {nn.Embedding} if embeddings else set()
+    converted, names = _replaced(copy.deepcopy(model), kinds, BitLinear, quant_config, tuple(exclude), norm)
+    if not names:
+        wanted = ", ".join(sorted(f"torch.nn.{kind.__name__}" for kind in kinds))
+        raise QuantizationError(f"the model has no {wanted} that could be converted.")
+    warnings.warn(
+        f"{len(names)} layers have ternary weights now that were trained as floats, which costs accuracy; "
+        "train them with bitmodels.utils.finetune, and see with compare_models what is left of it.",
+        ConversionWarning,
+        stacklevel=2,
+    )
+    return cast("_Model", converted)
+
+
+def _replaced(
+    model: nn.Module,
+    kinds: set[type[nn.Module]],
+    layer_class: type[BitLinear],
+    quant_config: BitQuantConfig | None,
+    exclude: tuple[str, ...],
+    norm: bool,
+) -> tuple[nn.Module, list[str]]:
+    """Replace layers of these kinds exactly, and return the model and the layers' names."""
+    named = dict(cast("Iterable[tuple[str, nn.Module]]", model.named_modules(remove_duplicate=False)))
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            known = ", ".join(name for name, part in named.items() if type(part) in kinds)
+            raise QuantizationError(f"exclude names {pattern!r}, which fits none of {known}.")
+    users: dict[int, set[type[nn.Module]]] = {}
+    for part in model.modules():
+        for parameter in part.parameters(recurse=False):
+            users.setdefault(id(parameter), set()).add(type(part))
+    made: dict[int, nn.Module] = {}
+    names: list[str] = []
+    for name, part in named.items():
+        shared = users.get(id(getattr(part, "weight", None)), set()) - {type(part)}
+        if type(part) not in kinds or shared or any(fnmatchcase(name, pattern) for pattern in exclude):
+            continue
+        if id(part) not in made:
+            made[id(part)] = _ternary(part, layer_class, quant_config, norm)
+        names.append(name)
+        parent, _, own = name.rpartition(".")
+        if not name:
+            return made[id(part)], names
+        setattr(named[parent], own, made[id(part)])
+        _never_fast(named[parent])
+    for part in model.modules():
+        if isinstance(part, nn.TransformerEncoder) and any(
+            isinstance(inner, BitLinear) for inner in part.modules()
+        ):
+            part.use_nested_tensor = False
+    return model, names
+
+
+def _never_fast(parent: nn.Module) -> None:
+    """Have a transformer's layer call its parts, where its short cut would take their float weights."""
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0
+
+
+def _ternary(
+    part: nn.Module, layer_class: type[BitLinear], quant_config: BitQuantConfig | None, norm: bool
+) -> nn.Module:
+    """Return a ternary layer with the parameters of a float one."""
+    old: Any = part
+    bias = getattr(old, "bias", None)
+    with torch.device("meta"):  # its own weight is not needed
+        if isinstance(part, nn.Linear):
+            new: Any = layer_class(
+                part.in_features, part.out_features, bias is not None, quant_config=quant_config
+            )
+        elif isinstance(part, nn.Conv2d):
+            new = BitConv2d(
+                part.in_channels,
+                part.out_channels,
+                cast("Any", part.kernel_size),
+                cast("Any", part.stride),
+                cast("Any", part.padding),
+                cast("Any", part.dilation),
+                part.groups,
+                bias is not None,
+                cast("Any", part.padding_mode),
+                quant_config,
+            )
+        else:
+            new = BitEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, quant_config)
+    new.weight = old.weight
+    if bias is not None:
+        new.bias = bias
+    if norm and isinstance(part, nn.Linear):
+        from bitlayers import SubLN
+
+        new.norm = SubLN(part.in_features, device=part.weight.device, dtype=part.weight.dtype)
+    new.train(old.training)
+    return new
