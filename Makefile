@@ -75,9 +75,12 @@ rules: .venv/.synced
 	$(PY) tools/check_workspace.py
 
 .PHONY: wheels
-wheels: build/locked.txt ## Build every package's wheel into dist/, with a constraints file of all versions
+wheels: build/locked.txt .venv/.synced ## Build every package's wheel into dist/, with a constraints file of all versions
 	rm -rf dist
-	$(UV) build --all-packages --wheel --out-dir dist
+	BITCORE_NATIVE=1 $(UV) build --all-packages --wheel --out-dir dist
+	# An index takes compiled code only where it is known on which systems it runs.
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m auditwheel repair --plat manylinux_2_17_x86_64 --wheel-dir dist dist/*-linux_x86_64.whl
+	rm dist/*-linux_x86_64.whl
 	$(PY) tools/workspace.py > dist/constraints.txt
 
 .PHONY: wheel-smoke

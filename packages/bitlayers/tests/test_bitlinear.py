@@ -250,14 +250,15 @@ def test_moves_keep_the_scale(dtype):
 
 
 @pytest.mark.parametrize("form", ["train", "eval", "deployed"])
-def test_autocast_gives_its_dtype(form):
-    layer, x = BitLinear(40, 24), torch.randn(3, 40)
+@pytest.mark.parametrize("norm", [False, True])
+def test_autocast_gives_its_dtype(form, norm):
+    layer, x = BitLinear(40, 24, norm=norm), torch.randn(3, 40)
     expected = layer(x).detach()
     layer = layer.deploy() if form == "deployed" else layer.train(form == "train")
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(x)
         with torch.no_grad():
-            assert layer(x).dtype == torch.bfloat16
+            assert layer(x).dtype == layer(x.bfloat16()).dtype == torch.bfloat16
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), expected, rtol=0.03, atol=0.03)
     assert layer(x).dtype == torch.float32
@@ -296,6 +297,9 @@ def test_sub_ln_is_the_formula():
         norm.weight.copy_(torch.rand(6))
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
     torch.testing.assert_close(norm(x), expected)
+    half = norm(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0.02, atol=0.02)
 
 
 def test_parametrized_weights_are_packed_as_they_are():

@@ -129,6 +129,9 @@ def test_layers_that_stay():
     assert [type(part) for part in model.body] == [BitLinear, Other, nn.Linear]
     assert type(model.head) is nn.Linear
     assert model.head.weight is model.embedding.weight
+    with pytest.raises(QuantizationError, match=r"Other, which subclasses=True would convert"):
+        convert_pytorch_model(nn.Sequential(Other(6, 6)))
+    assert type(convert(nn.Sequential(Other(6, 6)), subclasses=True)[0]) is BitLinear
     with pytest.raises(QuantizationError, match=r"'heads', which fits none of body\.2"):
         replace_linear_layers(model, exclude=["heads"])
     replace_linear_layers(model, exclude=["h*"])

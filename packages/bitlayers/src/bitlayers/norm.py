@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 __all__ = ["SubLN"]
 
@@ -31,3 +32,10 @@ class SubLN(nn.RMSNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(features, eps=eps, device=device, dtype=dtype)  # pyright: ignore
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x over the root of its mean square along the last dimension, times the gain, in x's dtype.
+
+        The gain may have another dtype, as it has under autocast.
+        """
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)

@@ -12,6 +12,7 @@ import torch
 from bitcore.config import BitQuantConfig
 from bitlayers import BitConv2d, BitEmbedding, BitLinear
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from bitmodels.exceptions import QuantizationError
 
@@ -31,6 +32,7 @@ def replace_linear_layers(
     *,
     exclude: Iterable[str] = (),
     norm: bool = False,
+    subclasses: bool = False,
 ) -> nn.Module:
     """Put a ternary layer in the place of each `torch.nn.Linear` of a model, and return the model.
 
@@ -45,11 +47,13 @@ def replace_linear_layers(
         exclude: Names of layers that stay, with `*` for anything, such as `lm_head` or `*.gate`.
         norm: Put a `SubLN` before each new layer. Training needs it more than conversion does: it begins with
             other outputs than the float layer's.
+        subclasses: Replace subclasses of `torch.nn.Linear` too, which you know to compute the same.
 
     Raises:
         QuantizationError: A name in `exclude` fits no layer.
     """
-    return _replaced(model, {nn.Linear}, layer_class, quant_config, tuple(exclude), norm)[0]
+    kinds = _kinds(model, (nn.Linear,), subclasses)
+    return _replaced(model, kinds, layer_class, quant_config, tuple(exclude), norm)[0]
 
 
 def convert_pytorch_model(
@@ -60,6 +64,7 @@ def convert_pytorch_model(
     norm: bool = False,
     convolutions: bool = False,
     embeddings: bool = False,
+    subclasses: bool = False,
 ) -> _Model:
     """Return a copy of a model with ternary layers in place of its linear ones.
 
@@ -73,17 +78,20 @@ def convert_pytorch_model(
         norm: Put a `SubLN` before each new linear layer.
         convolutions: Convert each `torch.nn.Conv2d` too.
         embeddings: Convert each `torch.nn.Embedding` too.
+        subclasses: Convert subclasses of all these too, which you know to compute the same.
 
     Raises:
         QuantizationError: There is nothing to convert, or a name in `exclude` fits no layer.
     """
-    kinds: set[type[nn.Module]] = {nn.Linear}
-    kinds |= {nn.Conv2d} if convolutions else set()
-    kinds |= {nn.Embedding} if embeddings else set()
+    bases: tuple[type[nn.Module], ...] = (nn.Linear,)
+    bases += (nn.Conv2d,) * convolutions + (nn.Embedding,) * embeddings
+    kinds = _kinds(model, bases, subclasses)
     converted, names = _replaced(copy.deepcopy(model), kinds, BitLinear, quant_config, tuple(exclude), norm)
     if not names:
-        wanted = ", ".join(sorted(f"torch.nn.{kind.__name__}" for kind in kinds))
-        raise QuantizationError(f"the model has no {wanted} that could be converted.")
+        left = sorted({type(part).__name__ for part in model.modules() if isinstance(part, bases)})
+        hint = f"; what there is are {', '.join(left)}, which subclasses=True would convert" if left else ""
+        wanted = ", ".join(f"torch.nn.{base.__name__}" for base in bases)
+        raise QuantizationError(f"the model has no {wanted} that could be converted{hint}.")
     warnings.warn(
         f"{len(names)} layers have ternary weights now that were trained as floats, which costs accuracy; "
         "train them with bitmodels.utils.finetune, and see with compare_models what is left of it.",
@@ -91,6 +99,13 @@ def convert_pytorch_model(
         stacklevel=2,
     )
     return cast("_Model", converted)
+
+
+def _kinds(model: nn.Module, bases: tuple[type[nn.Module], ...], subclasses: bool) -> set[type[nn.Module]]:
+    """Return the types of layers that are replaced."""
+    found = {type(part) for part in model.modules() if isinstance(part, bases)} if subclasses else set(bases)
+    # Its layer is computed by attention itself, from the weight.
+    return found - {NonDynamicallyQuantizableLinear}
 
 
 def _replaced(
