@@ -53,6 +53,10 @@ class TernaryLayer(nn.Module):
         self._kept_of: list[tuple[str, Tensor, int | None, int]] | None = None
 
     @abstractmethod
+    def _begin(self, weight: nn.Parameter) -> None:
+        """Fill the weight, and what other parameters there are, as training begins with them."""
+
+    @abstractmethod
     def _pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scale and the packed codes of a weight."""
 
@@ -68,6 +72,16 @@ class TernaryLayer(nn.Module):
     def is_deployed(self) -> bool:
         """Whether the float weight is gone."""
         return self._parameters.get("weight", self) is None
+
+    def reset_parameters(self) -> None:
+        """Begin anew.
+
+        Raises:
+            QuantizationError: The layer is deployed.
+        """
+        if self.weight is None:
+            raise QuantizationError("a deployed layer has no float weight to reset.")
+        self._begin(self.weight)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -206,6 +220,13 @@ class TernaryLayer(nn.Module):
         if not self.is_deployed:
             state["_buffers"] = {**self._buffers, "qweight": None, "qweight_scale": None}
         return state
+
+
+def begin_bias(bias: nn.Parameter | None, terms: int) -> None:
+    """Fill a bias as torch's layers do, whose outputs are sums of that many products."""
+    if bias is not None:
+        bound = 1 / math.sqrt(terms)
+        nn.init.uniform_(bias, -bound, bound)
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:

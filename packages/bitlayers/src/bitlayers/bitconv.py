@@ -13,7 +13,7 @@ from bitcore.ops import bitlinear, quantize_weight, quantize_x
 from bitcore.packing import rows
 from torch import Tensor, nn
 
-from bitlayers._ternary import TernaryLayer, check_sizes, wants_gradients
+from bitlayers._ternary import TernaryLayer, begin_bias, check_sizes, wants_gradients
 
 __all__ = ["BitConv2d", "PaddingMode"]
 
@@ -84,19 +84,6 @@ class BitConv2d(TernaryLayer):
         self.padding = self._padding(padding)
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Begin anew, as `torch.nn.Conv2d` does.
-
-        Raises:
-            QuantizationError: The layer is deployed.
-        """
-        if self.weight is None:
-            raise QuantizationError("a deployed layer has no float weight to reset.")
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self._terms)
-            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output.
@@ -172,6 +159,10 @@ class BitConv2d(TernaryLayer):
             raise QuantizationError(f"padding is {padding!r}; it must be a number, a pair, same or valid.")
         down, across = _pair("padding", padding, least=0)
         return (across, across, down, down)
+
+    def _begin(self, weight: nn.Parameter) -> None:
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        begin_bias(self.bias, self._terms)
 
     def _pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         scale, codes = quantize_weight(weight, self.quant_config.weight_granularity)

@@ -55,19 +55,6 @@ class BitEmbedding(TernaryLayer):
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Begin anew, as `torch.nn.Embedding` does.
-
-        Raises:
-            QuantizationError: The layer is deployed.
-        """
-        if self.weight is None:
-            raise QuantizationError("a deployed layer has no float weight to reset.")
-        nn.init.normal_(self.weight)
-        if self.padding_idx is not None:
-            with torch.no_grad():
-                self.weight[self.padding_idx].zero_()
-
     def forward(self, ids: Tensor) -> Tensor:
         """Return the vectors of ids.
 
@@ -97,6 +84,12 @@ class BitEmbedding(TernaryLayer):
         """Return what `repr` says of the layer."""
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}{self._form}"
+
+    def _begin(self, weight: nn.Parameter) -> None:
+        nn.init.normal_(weight)
+        if self.padding_idx is not None:
+            with torch.no_grad():
+                weight[self.padding_idx].zero_()
 
     def _pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         scale, codes = quantize_weight(weight, self.quant_config.weight_granularity)

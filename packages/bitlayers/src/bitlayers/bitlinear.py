@@ -14,7 +14,7 @@ from bitcore.ops import bitlinear
 from bitcore.packing import tiles
 from torch import Tensor, nn
 
-from bitlayers._ternary import TernaryLayer, check_sizes, wants_gradients
+from bitlayers._ternary import TernaryLayer, begin_bias, check_sizes, wants_gradients
 from bitlayers.norm import SubLN
 
 __all__ = ["BitLinear", "InitMethod"]
@@ -74,22 +74,6 @@ class BitLinear(TernaryLayer):
         self._run: Callable[[Tensor], Tensor] | None = None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Begin anew.
-
-        Raises:
-            QuantizationError: The layer is deployed.
-        """
-        if self.weight is None:
-            raise QuantizationError("a deployed layer has no float weight to reset.")
-        if self.init_method == "xavier_uniform":
-            nn.init.xavier_uniform_(self.weight)
-        else:
-            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features)
-            nn.init.uniform_(self.bias, -bound, bound)
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output.
 
@@ -146,6 +130,13 @@ class BitLinear(TernaryLayer):
         kernel = KernelRegistry.get_kernel_for_config(self.quant_config, qweight.device, shape)
         self._run = kernel.bind(scale, qweight, self.bias, self.quant_config)
         return self._run
+
+    def _begin(self, weight: nn.Parameter) -> None:
+        if self.init_method == "xavier_uniform":
+            nn.init.xavier_uniform_(weight)
+        else:
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        begin_bias(self.bias, self.in_features)
 
     def _pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return bitlinear.prepare_weights(weight, self.quant_config)
