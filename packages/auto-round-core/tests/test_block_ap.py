@@ -4,8 +4,8 @@ import pytest
 import torch
 from auto_round.config_manager import LayerSettings
 from auto_round.quantization._block_ap import IntegerBlockAP
-from auto_round.quantization._integers import asymmetric_scale, group_range, symmetric_scale
 from auto_round.quantization._pieces import Scratch
+from auto_round.quantization._rtn import quantize_optimized_rtn, quantize_rtn
 
 CPU = torch.device("cpu")
 
@@ -21,14 +21,9 @@ def test_every_step_writes_what_torchs_adam_leads_to(bits, symmetric):
     tuner.write(written, keep=True)
 
     grouped = w.view(16, 2, 32)
-    low, high = group_range(grouped)
-    if symmetric:
-        start, zero = (
-            symmetric_scale(low, high, bits, torch.float16),
-            torch.full(low.shape, 2.0 ** (bits - 1)),
-        )
-    else:
-        start, zero = asymmetric_scale(low, high, bits, torch.float16)
+    first = quantize_optimized_rtn(w, chosen, torch.float16, torch.ones(64))
+    start = first.scale.float()
+    zero = torch.full(start.shape, 2.0 ** (bits - 1)) if symmetric else first.zero.float()
     least, most = -zero[..., None] - 0.49, 2**bits - 1 - zero[..., None] + 0.49
     u = torch.clamp(grouped / start[..., None], least, most).requires_grad_()
     growth = torch.zeros_like(start, requires_grad=True)
@@ -57,6 +52,16 @@ def test_every_step_writes_what_torchs_adam_leads_to(bits, symmetric):
             u.copy_(torch.clamp(u, least, most))
     # Sums of another order move a few weights that lie on the edge between two codes.
     assert differing <= 2e-3 * steps * w.numel()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_training_begins_nearer_to_the_weights_than_the_whole_range(symmetric):
+    w = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    chosen = LayerSettings(bits=2, group_size=32, symmetric=symmetric, weight_dtype="int")
+    written = torch.empty_like(w)
+    IntegerBlockAP(w.clone(), chosen, torch.float16, Scratch(CPU), rate=0.02, scale_rate=0.01).write(written)
+    plain = quantize_rtn(w, chosen, torch.float16).dequantize()
+    assert (written - w).norm() < 0.95 * (plain - w).norm()
 
 
 def test_weights_beyond_the_codes_come_back():

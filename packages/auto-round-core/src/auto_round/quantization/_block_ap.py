@@ -5,7 +5,7 @@ Source: Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for La
 against the block's own float output. It differs here in three ways, all so that one learning rate fits every
 layer and every format of integers can hold the result: weights are trained as `u = w / scale`, in units of
 the first scale; scales relative to it, and rounded to the dtype in which they are stored; zero points stay as
-they are. Norms stay as they are too.
+they are. Norms stay as they are too. And the first scales are searched for, where the paper takes the range.
 
     q = round(u)          centred codes, u being held within their range; the weight becomes scale * q
 
@@ -26,9 +26,9 @@ from auto_round.config_manager import LayerSettings
 from auto_round.quantization._compiled import Compiled
 from auto_round.quantization._grouping import grouped
 from auto_round.quantization._growth import FIRST, SECOND, TINY, corrections, grown_scale, step_growth
-from auto_round.quantization._integers import asymmetric_scale, group_range, symmetric_scale
 from auto_round.quantization._pieces import Buffers, Scratch, opened, part
 from auto_round.quantization._quantized import QuantizedWeight
+from auto_round.quantization._rtn import quantize_optimized_rtn
 
 _REACH = 0.49
 """How far beyond the last code a weight may go; half would round to the next, which is none."""
@@ -80,23 +80,21 @@ class IntegerBlockAP:
         self._settings, self._scale_dtype, self._scratch = settings, scale_dtype, scratch
         self._rate, self._scale_rate = rate, scale_rate
         self._shape = tuple(weight.shape)
-        u_RGK = grouped(weight, settings.group_size)
-        low_N, high_N = (end.flatten() for end in group_range(u_RGK))
-        zero_N: Tensor | None = None
-        if settings.symmetric:
-            start_N = symmetric_scale(low_N, high_N, settings.bits, scale_dtype)
-        else:
-            start_N, zero_N = asymmetric_scale(low_N, high_N, settings.bits, scale_dtype)
-        u_NK = u_RGK.flatten(0, 1).div_(start_N.unsqueeze(-1))
+        # The scales with the least error of the weights alone: from those of the whole range training has to
+        # make up for more of the rounding, and what it learns for that is the calibration's own.
+        start = quantize_optimized_rtn(weight, settings, scale_dtype, weight.new_ones(weight.shape[1]))
+        start_N = start.scale.float().flatten()
+        zero_N = None if start.zero is None else start.zero.float().flatten()
+        u_NK = grouped(weight, settings.group_size).flatten(0, 1).div_(start_N.unsqueeze(-1))
         self._all = _Groups(
             start_N=start_N,
             zero_N=zero_N,
             u_NK=u_NK,
             mean_NK=torch.zeros_like(u_NK),
             square_NK=torch.zeros_like(u_NK),
-            growth_N=torch.zeros_like(low_N),
-            growth_mean_N=torch.zeros_like(low_N),
-            growth_square_N=torch.zeros_like(low_N),
+            growth_N=torch.zeros_like(start_N),
+            growth_mean_N=torch.zeros_like(start_N),
+            growth_square_N=torch.zeros_like(start_N),
             scale_N=start_N.clone(),
             best_codes_NK=torch.empty_like(u_NK, dtype=torch.uint8),
             best_scale_N=start_N.clone(),
