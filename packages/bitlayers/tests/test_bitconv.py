@@ -88,6 +88,9 @@ def test_gradients_pass_straight():
     F.conv2d(qx, qw, layer.bias.detach(), padding=1).backward(grad)
     torch.testing.assert_close(x.grad, qx.grad)
     torch.testing.assert_close(layer.weight.grad, qw.grad)
+    x.grad = None
+    layer.deploy()(x).backward(grad)
+    torch.testing.assert_close(x.grad, qx.grad)
 
 
 def test_a_deployed_layer_holds_bytes_only():

@@ -3,16 +3,22 @@
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
+from bitcore.kernels import KernelRegistry
 from bitcore.ops import bitlinear, dequantize_weight, dequantize_x, quantize_weight, quantize_x
 from bitlayers import BitLinear, SubLN
+from bitlayers.utils import deploy_layers, evaluating
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim.swa_utils import AveragedModel
 
 
 @pytest.fixture(autouse=True)
@@ -376,3 +382,108 @@ def test_weights_that_cannot_be_packed():
 def test_arguments_that_are_refused(arguments, message):
     with pytest.raises(QuantizationError, match=message):
         BitLinear(**{"in_features": 4, "out_features": 4} | arguments)
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+def test_first_calls_from_several_threads(deployed):
+    for _ in range(30):
+        model = nn.Sequential(*(BitLinear(256, 256) for _ in range(4))).eval()
+        if deployed:
+            deploy_layers(model)
+        x, together, found = torch.randn(1, 256), threading.Barrier(4), []
+
+        def first(model=model, x=x, together=together, found=found):
+            together.wait()
+            with torch.no_grad():
+                found.append(model(x))
+
+        threads = [threading.Thread(target=first) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 4
+        assert all(torch.equal(out, found[0]) for out in found)
+
+
+def test_fused_optimizers_and_eval_are_seen():
+    layer, x = BitLinear(32, 4).eval(), torch.randn(8, 32)
+    optimizer = torch.optim.AdamW(layer.parameters(), 0.1, fused=True)
+    for _ in range(3):
+        layer(x).square().sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            assert torch.equal(layer(x), copy.deepcopy(layer)(x))
+    with torch.no_grad():
+        layer.weight.data.neg_()
+        assert torch.equal(layer.eval()(x), copy.deepcopy(layer)(x))
+    with evaluating(layer.train()):
+        layer(x)
+    assert layer.qweight is None
+
+
+def test_buffers_that_are_swapped_are_used():
+    first, second = (BitLinear(32, 16, bias=False).deploy() for _ in range(2))
+    x = torch.randn(5, 32)
+    expected = second(x)
+    assert not torch.equal(first(x), expected)
+    assert torch.equal(torch.func.functional_call(first, dict(second.named_buffers()), (x,)), expected)
+    first.qweight, first.qweight_scale = second.qweight, second.qweight_scale
+    assert torch.equal(first(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_what_only_stands_for_memory_is_not_read():
+    layer, x = BitLinear(32, 16, bias=False).deploy(), torch.randn(5, 32)
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.equal(layer(torch._neg_view(-x)), expected)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert layer(mode.from_tensor(x)).shape == (5, 16)
+        assert torch.equal(make_fx(layer)(x)(x), expected)
+        assert torch.equal(layer(x.as_subclass(_Own)), expected)
+
+
+class _Own(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("form", ["train", "eval", "deployed"])
+def test_gradients_of_one_input_and_of_functions(form):
+    layer, x = BitLinear(32, 16), torch.randn(32, requires_grad=True)
+    layer(x).sum().backward()
+    expected, x.grad = x.grad, None
+    layer = layer.deploy() if form == "deployed" else layer.train(form == "train")
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+    if form == "train":
+        by_function = torch.func.grad(lambda x: layer(x).sum())(x.detach())
+        torch.testing.assert_close(by_function, expected)
+
+
+def test_averages_of_models_see_no_packed_weights():
+    layer, x = BitLinear(8, 4), torch.randn(1, 8)
+    average = AveragedModel(layer).eval()
+    with torch.no_grad():
+        average(x)
+    assert not list(average.module.buffers())
+    average.update_parameters(layer)
+    with torch.no_grad():
+        assert torch.equal(average(x), layer.eval()(x))
+
+
+def test_autocast_rounds_the_bias_as_linear_does():
+    layer, x = BitLinear(64, 256).deploy(), torch.randn(64, 64).bfloat16()
+    config = layer.quant_config
+    with torch.no_grad():
+        layer.bias.normal_()
+        out = layer(x)
+        reference = KernelRegistry.get_kernel_by_name("torch")
+        assert torch.equal(out, reference(x, layer.qweight_scale, layer.qweight, layer.bias, config))
+
+
+def test_parametrized_layers_are_not_deployed():
+    layer = BitLinear(16, 8)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", _Negative())
+    with pytest.raises(QuantizationError, match="remove_parametrizations"):
+        layer.deploy()

@@ -58,6 +58,15 @@ def test_an_estimate_is_what_deployment_leaves():
     assert estimate_memory_usage(nn.ReLU()) == dict.fromkeys(after, 0)
 
 
+def test_a_weight_that_is_shared_counts_once():
+    model = nn.Sequential(BitLinear(64, 64, bias=False), BitLinear(64, 64, bias=False))
+    model[1].weight = model[0].weight
+    assert estimate_memory_usage(model)["total_bytes"] == 64 * 64 * 4
+    assert estimate_memory_usage(model)["ternary_weights"] == 64 * 64
+    deploy_layers(model)
+    assert estimate_memory_usage(model)["total_bytes"] == stored(model)
+
+
 def test_either_all_are_deployed_or_none():
     model = nn.Sequential(BitLinear(4, 4), nn.Sequential(BitLinear(4, 4)))
     with torch.no_grad():

@@ -71,6 +71,7 @@ def test_convert_and_export(folders, tmp_path, capsys):
         (["export", "mlp", "m.gguf"], "not for a BitMLPModel"),
         (["export", "lm", "m.gguf", "--tokenizer", "none.json"], "none.json does not exist"),
         (["bench", "--shapes", "big"], "4096x4096"),
+        (["bench", "--shapes", "\u00b2x3"], "4096x4096"),
         (["bench", "--batch", "0"], "above zero"),
     ],
 )

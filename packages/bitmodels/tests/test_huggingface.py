@@ -177,8 +177,11 @@ def test_bytes_are_a_quarter_a_weight(tmp_path):
 
 def test_what_the_layout_has_no_place_for(tmp_path):
     model = BitTransformerLM(BitTransformerConfig(**SIZES), BitQuantConfig("per_channel"))
-    with pytest.raises(CheckpointError, match="scale for each row"):
+    with pytest.raises(CheckpointError, match="one scale for a weight"):
         huggingface.save(model.deploy(), tmp_path)
+    model = BitTransformerLM(BitTransformerConfig(**SIZES), BitQuantConfig(activation_dtype="float32"))
+    with pytest.raises(CheckpointError, match="8-bit activations"):
+        huggingface.save(model, tmp_path)
     with pytest.raises(CheckpointError, match="make up hidden_size"):
         huggingface.save(small(head_dim=6), tmp_path)
     with pytest.raises(CheckpointError, match="30 rows"):
@@ -200,6 +203,8 @@ def test_what_the_layout_has_no_place_for(tmp_path):
         ({"hidden_size": "32"}, "hidden_size is '32'"),
         ({"num_hidden_layers": 3}, r"packed.*layers\.2"),
         ({"intermediate_size": 44}, "mlp"),
+        ({"rope_parameters": "none"}, "no JSON object"),
+        ({"rope_theta": "far", "rope_parameters": None}, "far"),
         ({"vocab_size": 63}, r"embed_tokens.*\[64, 32\]"),
         (
             {"quantization_config": {"quant_method": "bitnet", "linear_class": "linear"}},
@@ -242,6 +247,15 @@ def test_tensors_that_are_missing(tmp_path):
     save_file({k: v for k, v in tensors.items() if not k.endswith("scale")}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="no weight has a weight_scale"):
         huggingface.load(tmp_path)
+
+
+def test_shards_of_an_earlier_checkpoint_are_not_read(tmp_path):
+    old, new = BitNetForCausalLM(BitNetConfig(**SIZES)), small(tie_word_embeddings=False)
+    old.save_pretrained(tmp_path, max_shard_size="20KB")
+    huggingface.save(new, tmp_path)
+    loaded = huggingface.load(tmp_path)
+    assert torch.equal(loaded.model.norm.weight, new.model.norm.weight)
+    assert torch.equal(loaded(IDS), new(IDS))
 
 
 def test_a_llama_without_norms_inside(tmp_path):

@@ -95,7 +95,7 @@ def test_generation_leaves_the_model_as_it_was_and_repeats_with_a_seed():
     assert model.model.layers[0].mlp.up_proj.training
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
-    model.loss(ids, ids).backward()
+    model.loss(outs[0][:, :-1], outs[0][:, 1:]).backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad.any()
 
 
@@ -120,6 +120,7 @@ def test_sampling_by_hand():
     ("given", "message"),
     [
         ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
@@ -135,6 +136,8 @@ def test_inputs_that_are_refused():
     for bad in (torch.tensor([1]), torch.randn(1, 3), torch.ones(1, 41, dtype=torch.int64)):
         with pytest.raises(QuantizationError):
             model(bad)
+    with pytest.raises(QuantizationError, match="41 tokens are more"):
+        model.generate(torch.ones(1, 41, dtype=torch.int64))
     with pytest.raises(QuantizationError, match="one token at least"):
         model.generate(torch.empty(1, 0, dtype=torch.int64))
     with pytest.raises(QuantizationError, match="room for 3 tokens, not for 4"):

@@ -20,6 +20,7 @@ from bitmodels.utils import (
 )
 from sklearn.datasets import load_digits
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +135,8 @@ def test_layers_that_stay():
     assert type(convert(nn.Sequential(Other(6, 6)), subclasses=True)[0]) is BitLinear
     with pytest.raises(QuantizationError, match=r"'heads', which fits none of body\.2"):
         replace_linear_layers(model, exclude=["heads"])
+    replace_linear_layers(model, exclude="body")
+    assert type(model.body[2]) is nn.Linear
     replace_linear_layers(model, exclude=["h*"])
     assert type(model.body[2]) is BitLinear
 
@@ -353,6 +356,44 @@ def test_interruption_leaves_full_rounding():
     assert model.layers[0].strength == 1
 
 
+def test_loaders_without_a_length_and_some_parameters_alone():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            for _ in range(4):
+                yield torch.randn(4), torch.tensor(1)
+
+    model = nn.Sequential(BitLinear(4, 4), BitLinear(4, 2))
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=2)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model[1].parameters(), 0.1)
+    history = finetune(model, loader, steps=3, optimizer=optimizer, max_grad_norm=1e9, show_progress=False)
+    assert len(history["loss"]) == 3
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert not torch.equal(model[1].weight, before["1.weight"])
+    assert model[0].weight.grad is None
+
+
+def test_labels_that_a_model_shifts_are_read_as_it_reads_them():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=16, num_key_value_heads=1, **sizes))
+
+    def batch():
+        ids = (torch.randint(16, (8, 1)) + torch.arange(10)) % 16
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+    data = [batch() for _ in range(20)]
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for some in data * 4:
+        optimizer.zero_grad()
+        model(**some).loss.backward()
+        optimizer.step()
+    converted = convert(model, exclude=["lm_head"])
+    finetune(converted, data, epochs=4, learning_rate=5e-3, teacher=model, show_progress=False)
+    found = compare_models(model, converted, data, rounds=1)
+    assert found["accuracy_original"] > 0.99
+    assert found["accuracy_quantized"] > 0.95
+
+
 def test_steps_beyond_one_pass_go_through_data_again():
     model, seen = BitMLPModel(BitMLPConfig(1, 4, 4, 2)), []
 
@@ -371,6 +412,7 @@ def test_steps_beyond_one_pass_go_through_data_again():
         ([], {}, "no batches"),
         (iter([]), {}, "say how many steps"),
         (iter([]), {"steps": 3}, "no batches"),
+        (iter([(torch.randn(2, 4), torch.zeros(2, 2))]), {"steps": 3}, "data ended after 1 of 3 steps"),
         ([1], {"epochs": 0}, "epochs is 0"),
         ([1], {"steps": 0}, "steps is 0"),
         ([1], {"warmup": 1.5}, "warmup is 1.5"),

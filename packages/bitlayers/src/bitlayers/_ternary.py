@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, cast
 
 import torch
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 __all__ = ["TernaryLayer"]
+
+# Where a tensor is held, its name, itself, and what changes with its values and its place. Those that were
+# made in inference mode have no version.
+_Source = tuple[Mapping[str, Tensor | None], str, Tensor, int | None, int]
+_Sources = tuple[int, list[_Source]]
 
 
 class TernaryLayer(nn.Module):
@@ -24,9 +31,6 @@ class TernaryLayer(nn.Module):
 
     scale_follows_dtype: ClassVar[bool] = False
     """Whether `half()` and its like convert `qweight_scale` too; where they do not, it stays fp32."""
-
-    depends_on: ClassVar[tuple[str, ...]] = ("weight",)
-    """The parameters of which something is kept for evaluation."""
 
     weight: nn.Parameter | None
     """The float weight; None once the layer is deployed."""
@@ -48,9 +52,9 @@ class TernaryLayer(nn.Module):
         self.strength = 1.0
         """How much of the rounding is done in training: 0 none, 1 all. Evaluation always rounds."""
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.register_buffer("qweight", None, persistent=False)
-        self.register_buffer("qweight_scale", None, persistent=False)
-        self._kept_of: list[tuple[str, Tensor, int | None, int]] | None = None
+        # Buffers once the layer is deployed; until then what averages and copies buffers shall not see them.
+        self.qweight = self.qweight_scale = None
+        self._kept_of: _Sources | None = None
 
     @abstractmethod
     def _begin(self, weight: nn.Parameter) -> None:
@@ -95,6 +99,11 @@ class TernaryLayer(nn.Module):
         """
         if self.weight is None:
             return self
+        if "weight" not in self._parameters:
+            raise QuantizationError(
+                "the weight is computed by a parametrization; make it a parameter again with "
+                "torch.nn.utils.parametrize.remove_parametrizations before deploy()."
+            )
         device = self.weight.device
         if device.type == "meta":
             scale_shape, packed_shape = self._packed_shapes()
@@ -102,8 +111,9 @@ class TernaryLayer(nn.Module):
             packed = torch.empty(packed_shape, device=device, dtype=torch.uint8)
         else:
             scale, packed = self._pack(self.weight)
-        self._forget()
+        self.forget_packed()
         self.weight = None
+        del self.qweight, self.qweight_scale
         self.register_buffer("qweight_scale", scale)
         self.register_buffer("qweight", packed)
         return self.eval()
@@ -119,8 +129,7 @@ class TernaryLayer(nn.Module):
                 f"this {type(self).__name__} is deployed: its float weight is gone, so it cannot be trained. "
                 "Train a layer that holds the float weight, and deploy a copy of it."
             )
-        if mode:
-            self._forget()
+        self.forget_packed()
         return super().train(mode)
 
     @property
@@ -143,18 +152,21 @@ class TernaryLayer(nn.Module):
     def packed(self) -> tuple[Tensor, Tensor]:
         """Return `qweight_scale` and `qweight`, which are brought up to date where the weight has changed.
 
+        Changes that are made through `weight.data` are not seen; `eval()` looks at the weight again.
+
         Raises:
             QuantizationError: The weight holds NaN or infinity.
         """
-        if self._is_stale():
-            self._forget()
-            if self.weight is not None:
-                # Nor as tensors of inference mode, which gradients could not be computed with later.
-                with torch.inference_mode(False), torch.no_grad():
-                    self.qweight_scale, self.qweight = self._pack(self.weight)
-            sources = [(name, cast("Tensor | None", getattr(self, name))) for name in self.depends_on]
-            self._kept_of = [(name, t, _version(t), t.data_ptr()) for name, t in sources if t is not None]
-        return cast("Tensor", self.qweight_scale), cast("Tensor", self.qweight)
+        scale, qweight = self.qweight_scale, self.qweight
+        if self.weight is not None and self._is_stale():
+            self.forget_packed()
+            # Not as tensors of inference mode, which gradients could not be computed with later.
+            with torch.inference_mode(False), torch.no_grad():
+                scale, qweight = self._pack(self.weight)
+            self.qweight_scale, self.qweight = scale, qweight
+            self._keep()
+        # Not what is kept by now, which another thread may have dropped.
+        return cast("Tensor", scale), cast("Tensor", qweight)
 
     def ternary_weight(self) -> tuple[Tensor, Tensor]:
         """Return the scale as it is stored, and the codes, int8 of -1, 0 and 1 in the weight's shape.
@@ -174,26 +186,44 @@ class TernaryLayer(nn.Module):
     def _scale_dtype(self, weight: Tensor) -> torch.dtype:
         return weight.dtype if self.scale_follows_dtype else torch.float32
 
+    def _sources(self) -> list[_Source]:
+        """Return what that depends on which is kept for evaluation."""
+        found: list[_Source] = []
+        for name in ("weight", "bias", "qweight", "qweight_scale"):
+            tensor = getattr(self, name, None)
+            held = self._buffers if name in self._buffers else self._parameters
+            if isinstance(tensor, Tensor) and (self.is_deployed or not name.startswith("q")):
+                version = None if tensor.is_inference() else tensor._version
+                found.append((held, name, tensor, version, tensor.data_ptr()))
+        return found
+
+    def _keep(self) -> None:
+        """Remember what that depends on which is kept for evaluation."""
+        self._kept_of = _steps[0], self._sources()
+
     def _is_stale(self) -> bool:
         if self._kept_of is None:
             return True
-        parameters = self._parameters
-        for name, tensor, version, pointer in self._kept_of:
+        steps, sources = self._kept_of
+        # Optimisers that are fused do not count as changes of a tensor.
+        if steps != _steps[0] and self.weight is not None:
+            return True
+        for held, name, tensor, version, pointer in sources:
             # A weight that is computed whenever it is asked for is no parameter, and is packed each time.
-            if parameters.get(name) is not tensor or tensor.data_ptr() != pointer:
+            if held.get(name) is not tensor or tensor.data_ptr() != pointer:
                 return True
             if version is not None and tensor._version != version:
                 return True
         return False
 
-    def _forget(self) -> None:
-        """Drop what is kept for evaluation."""
+    def forget_packed(self) -> None:
+        """Drop what is kept for evaluation, so that the weight is looked at again."""
         self._kept_of = None
         if not self.is_deployed:
             self.qweight = self.qweight_scale = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._forget()
+        self.forget_packed()
         scale = self.qweight_scale
         cast("Any", super())._apply(fn, recurse)
         moved = self.qweight_scale
@@ -213,13 +243,11 @@ class TernaryLayer(nn.Module):
                 "Call deploy() before loading it."
             )
         cast("Any", super())._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._forget()
+        self.forget_packed()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"_kept_of": None}
-        if not self.is_deployed:
-            state["_buffers"] = {**self._buffers, "qweight": None, "qweight_scale": None}
-        return state
+        own = {} if self.is_deployed else {"qweight": None, "qweight_scale": None}
+        return self.__dict__ | {"_kept_of": None} | own
 
 
 def begin_bias(bias: nn.Parameter | None, terms: int) -> None:
@@ -241,6 +269,18 @@ def check_sizes(**sizes: int) -> None:
             raise QuantizationError(f"{name} is {size!r}; it must be a whole number above zero.")
 
 
-def _version(tensor: Tensor) -> int | None:
-    """Return what changes with a tensor's values; those made in inference mode have nothing of the kind."""
-    return None if tensor.is_inference() else tensor._version
+def is_plain(x: Tensor) -> bool:
+    """Return whether x is memory that is computed with now: no subclass, nothing that records or pretends."""
+    return type(x) is Tensor and not x.is_neg() and not _modes() and not _tracing()
+
+
+def _count_step(*_: Any) -> None:
+    _steps[0] += 1
+
+
+_torch: Any = torch
+_modes: Callable[[], int] = _torch._C._len_torch_dispatch_stack
+_tracing: Callable[[], bool] = _torch.jit.is_tracing
+_steps = [0]
+"""How many steps optimisers have taken in this process."""
+register_optimizer_step_post_hook(_count_step)

@@ -104,11 +104,14 @@ class BitConv2d(TernaryLayer):
         if x.ndim == 3:
             return self(x.unsqueeze(0)).squeeze(0)
         weight = self.weight
-        if weight is not None and (
-            self.training or torch.compiler.is_compiling() or wants_gradients(x, weight, self.bias)
-        ):
+        traces = torch.compiler.is_compiling() and weight is not None
+        if self.training or traces or wants_gradients(x, weight, self.bias):
             rounded = bitlinear.fake_quantize_x(x.flatten(1), self.quant_config, self._strength).view_as(x)
-            fake = bitlinear.fake_quantize_weight(weight, self.quant_config, self._strength)
+            if weight is None:
+                scale, codes = self.ternary_weight()
+                fake = (codes * scale.view(-1, 1, 1, 1)).to(x.dtype)
+            else:
+                fake = bitlinear.fake_quantize_weight(weight, self.quant_config, self._strength)
             return self._convolve(rounded, fake, self.bias)
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(x.device.type))

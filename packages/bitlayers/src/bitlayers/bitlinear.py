@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from bitcore.config import BitQuantConfig
@@ -14,7 +14,7 @@ from bitcore.ops import bitlinear
 from bitcore.packing import tiles
 from torch import Tensor, nn
 
-from bitlayers._ternary import TernaryLayer, begin_bias, check_sizes, wants_gradients
+from bitlayers._ternary import TernaryLayer, begin_bias, check_sizes, is_plain, wants_gradients
 from bitlayers.norm import SubLN
 
 __all__ = ["BitLinear", "InitMethod"]
@@ -44,8 +44,6 @@ class BitLinear(TernaryLayer):
     Raises:
         QuantizationError: A size or `init_method` is none of those that are allowed.
     """
-
-    depends_on: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def __init__(
         self,
@@ -103,7 +101,7 @@ class BitLinear(TernaryLayer):
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(device))
-        if compiling or (torch.is_grad_enabled() and wants_gradients(x, self.weight, self.bias)):
+        if compiling or not is_plain(x) or wants_gradients(x, self.weight, self.bias):
             scale, qweight = (self.qweight_scale, self.qweight) if compiling else self.packed()
             return bitlinear.forward(
                 x,
@@ -128,8 +126,9 @@ class BitLinear(TernaryLayer):
         scale, qweight = self.packed()
         shape = self.out_features, self.in_features
         kernel = KernelRegistry.get_kernel_for_config(self.quant_config, qweight.device, shape)
-        self._run = kernel.bind(scale, qweight, self.bias, self.quant_config)
-        return self._run
+        run = self._run = kernel.bind(scale, qweight, self.bias, self.quant_config)
+        self._keep()
+        return run
 
     def _begin(self, weight: nn.Parameter) -> None:
         if self.init_method == "xavier_uniform":
@@ -147,8 +146,9 @@ class BitLinear(TernaryLayer):
     def _packed_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (self.out_features,), tiles.packed_shape(self.out_features, self.in_features)
 
-    def _forget(self) -> None:
-        super()._forget()
+    def forget_packed(self) -> None:
+        """Drop what is kept for evaluation, so that the weight is looked at again."""
+        super().forget_packed()
         self._run = None
 
     def __getstate__(self) -> dict[str, Any]:

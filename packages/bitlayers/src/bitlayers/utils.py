@@ -62,7 +62,13 @@ def estimate_memory_usage(module: nn.Module) -> dict[str, float]:
             there is none.
         `reduction`: `1 - deployed_bytes / float32_bytes`; 0.0 where there is nothing.
     """
-    layers = list(ternary_layers(module).values())
+    # A weight that layers share counts once, until each has packed its own.
+    layers = list(
+        {
+            id(layer) if layer.weight is None else id(layer.weight): layer
+            for layer in ternary_layers(module).values()
+        }.values()
+    )
     packs = {id(t) for layer in layers for t in (layer.weight, layer.qweight, layer.qweight_scale)}
     held = {id(t): t for t in (*module.parameters(), *module.buffers())}
     others = [tensor for key, tensor in held.items() if key not in packs]
@@ -95,6 +101,8 @@ def evaluating(*modules: nn.Module) -> Generator[None]:
     finally:
         for part in training:
             part.training = True
+            if isinstance(part, TernaryLayer):
+                part.forget_packed()
 
 
 def median_times_ms(

@@ -159,6 +159,8 @@ def _convert(options: argparse.Namespace) -> None:
     model = _load(options.model)
     if not options.keep_floats:
         model.deploy()
+    elif model.is_deployed:
+        raise CheckpointError(f"{options.model} holds packed weights alone, so there are no floats to keep.")
     if options.to == "bitmodels":
         model.save_pretrained(out)
     elif isinstance(model, BitTransformerLM):
@@ -204,7 +206,7 @@ def _bench(options: argparse.Namespace) -> None:
     shapes: list[tuple[int, int]] = []
     for text in options.shapes:
         rows, _, columns = str(text).partition("x")
-        if not rows.isdigit() or not columns.isdigit():
+        if not rows.isdecimal() or not columns.isdecimal():
             raise QuantizationError(f"--shapes takes ROWSxCOLUMNS, such as 4096x4096, not {text!r}.")
         shapes.append((int(rows), int(columns)))
     if options.threads < 1 or any(batch < 1 for batch in options.batch):

@@ -67,7 +67,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor
         codes = tiles.unpack(qweight, len(qweight_scale), ctx.columns).to(grad.dtype)
         by_x = (grad.float() * qweight_scale).to(grad.dtype) @ codes
     if ctx.needs_input_grad[3]:
-        by_bias = grad.flatten(0, -2).sum(0)
+        by_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return by_x, None, None, by_bias, None
 
 

@@ -118,7 +118,7 @@ class NativeKernel(BitKernelBase):
         # What stands for the layer in C, and what that points to, by the dtype of the inputs.
         layers: dict[torch.dtype, tuple[int, int, _Layer, Tensor | None]] = {}
 
-        def layer_of(x: Tensor) -> int:
+        def layer_of(x: Tensor) -> tuple[int, int, _Layer, Tensor | None]:
             check_operands(x, scale, packed, bias)
             dtype, columns = x.dtype, x.shape[-1]
             own_bias = None if bias is None else bias.detach().to(dtype).contiguous()
@@ -133,8 +133,8 @@ class NativeKernel(BitKernelBase):
                 per_token=config.scales_each_token,
                 isa=self._isa,
             )
-            layers[dtype] = columns, ctypes.addressof(layer), layer, own_bias
-            return ctypes.addressof(layer)
+            layers[dtype] = made = columns, ctypes.addressof(layer), layer, own_bias
+            return made
 
         def call(x: Tensor) -> Tensor:
             dtype, shape = x.dtype, x.shape
@@ -145,9 +145,11 @@ class NativeKernel(BitKernelBase):
                 x = x.contiguous()
             columns = shape[-1]
             known = layers.get(dtype)
-            layer = layer_of(x) if known is None or known[0] != columns else known[1]
+            if known is None or known[0] != columns:
+                # It stays here until the call is over, whatever another thread puts in its place.
+                known = layer_of(x)
             out = x.new_empty((*shape[:-1], rows))
-            if linear(layer, x.data_ptr(), x.numel() // columns, out.data_ptr()):
+            if linear(known[1], x.data_ptr(), x.numel() // columns, out.data_ptr()):
                 raise MemoryError(f"there is no memory for activations of shape {list(shape)}")
             return out
 

@@ -52,5 +52,5 @@ class TorchKernel(BitKernelBase):
             product = (qx.to(wide) @ codes.to(wide).t()).float()
             out = product * (scale * qweight_scale)
         if bias is not None:
-            out = out + bias.float()
+            out = out + bias.to(x.dtype).float()
         return out.to(x.dtype)

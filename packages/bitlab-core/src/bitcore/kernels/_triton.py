@@ -63,7 +63,8 @@ class TritonKernel(BitKernelBase):
         out = x.new_empty((len(flat), len(qweight_scale)), dtype=_computed(x.dtype))
         if out.numel():
             most = None if config.scales_each_token else flat.abs().amax().float().view(1)
-            programs.linear(flat.to(out.dtype), qweight_scale, qweight, bias, most, out)
+            own_bias = None if bias is None else bias.to(x.dtype)
+            programs.linear(flat.to(out.dtype), qweight_scale, qweight, own_bias, most, out)
         return out.to(x.dtype).view(*x.shape[:-1], len(qweight_scale))
 
 

@@ -91,7 +91,7 @@ class BitKernelBase(ABC):
         """Return the layer's output: `x` times the dequantised weight, transposed, plus the bias.
 
         With 8-bit activations that is, exactly and in this order: the integers' product, as fp32, times the
-        product of both scales; plus the bias; rounded to x's dtype.
+        product of both scales; plus the bias, rounded to x's dtype; rounded to x's dtype.
 
         Args:
             x: Floating, [..., columns].

@@ -123,9 +123,15 @@ def fake_quantize_x(x: Tensor, config: BitQuantConfig, strength: float = 1.0) ->
 class _StraightThrough(torch.autograd.Function):
     """The second argument forwards; the gradient goes to the first."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(_ctx: Any, _value: Tensor, rounded: Tensor) -> Tensor:  # pyright: ignore
+    def forward(_value: Tensor, rounded: Tensor) -> Tensor:  # pyright: ignore
         return rounded
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep nothing."""
 
     @staticmethod
     def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
@@ -137,11 +143,18 @@ class _WeightGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore
-        ctx: Any, out: Tensor, x: Tensor, weight: Tensor, config: BitQuantConfig
+        out: Tensor,
+        x: Tensor,  # noqa: ARG004
+        weight: Tensor,  # noqa: ARG004
+        config: BitQuantConfig,  # noqa: ARG004
     ) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
+        _, x, weight, config = inputs
         ctx.save_for_backward(x)
         ctx.config, ctx.dtype = config, weight.dtype
-        return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, None]:  # pyright: ignore

@@ -76,6 +76,10 @@ def export(
             "the bitnet architecture of GGUF has tie_word_embeddings and sub_norm and no attention_bias; "
             "this model differs."
         )
+    if not model.quant_config.quantizes_activations:
+        raise CheckpointError(
+            "programs that read GGUF round activations, which this model was not trained for."
+        )
     try:
         library: Any = importlib.import_module("gguf")
     except ImportError as error:

@@ -59,7 +59,7 @@ def load(
     """
     folder = Path(folder)
     path = folder / CONFIG
-    values = read_json(path)
+    values: Any = read_json(path)
     config, linear_class = _config_of(path, values)
     tensors = _tensors_of(folder)
     packed = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
@@ -73,7 +73,9 @@ def load(
         model.deploy()
         for name, layer in layers.items():
             tensors |= _unpacked(folder, name, layer, tensors, linear_class)
-    elif values.get("quantization_config", {}).get("quantization_mode", "online") != "online":
+    elif (
+        cast("dict[str, Any]", values.get("quantization_config") or {}).get("quantization_mode") == "offline"
+    ):
         raise CheckpointError(f"{path} says that weights are packed, but no weight has a weight_scale.")
     try:
         _fill(model, tensors, folder)
@@ -89,7 +91,7 @@ def save(
     """Write a checkpoint that transformers loads: packed if the model is deployed, else floats.
 
     Args:
-        model: With one scale for each weight.
+        model: That quantises as `BitQuantConfig()` says.
         folder: Made where it is missing.
         linear_class: Which of transformers' layers will compute, and so what the scale means: `bitlinear`
             unpacks weights at each call, `autobitlinear` once, at which releases before
@@ -100,6 +102,7 @@ def save(
         OSError: The files cannot be written.
     """
     folder, config = Path(folder), model.config
+    _check_usual(model)
     if config.sub_norm and config.head_size * config.num_attention_heads != config.hidden_size:
         raise CheckpointError("transformers' BitNet has heads that make up hidden_size; this model's do not.")
     layers = ternary_layers(model)
@@ -114,11 +117,6 @@ def save(
     if deployed:
         for name, layer in layers.items():
             scale, codes = layer.ternary_weight()
-            if not bool((scale == scale[0]).all()):
-                raise CheckpointError(
-                    f"{name} has a scale for each row, for which this layout has no place; use "
-                    "weight_granularity='per_tensor'."
-                )
             if len(codes) % 4:
                 raise CheckpointError(f"{name} has {len(codes)} rows; transformers packs a multiple of 4.")
             tensors[f"{name}.weight"] = hf_bitnet.pack(codes)
@@ -142,7 +140,23 @@ def save(
         },
     }
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    # One of an earlier checkpoint in shards would be read in place of the weights.
+    (folder / _INDEX).unlink(missing_ok=True)
     write_json(folder / CONFIG, values)
+
+
+def _check_usual(model: BitTransformerLM) -> None:
+    """Raise `CheckpointError` unless a model quantises as the formats of others take for granted."""
+    config = model.quant_config
+    if (
+        config.weight_granularity != "per_tensor"
+        or not config.quantizes_activations
+        or not config.scales_each_token
+    ):
+        raise CheckpointError(
+            "this layout has one scale for a weight and 8-bit activations with one for each token; the model "
+            f"has {config}."
+        )
 
 
 def _config_of(path: Path, values: dict[str, Any]) -> tuple[BitTransformerConfig, str]:
@@ -156,16 +170,19 @@ def _config_of(path: Path, values: dict[str, Any]) -> tuple[BitTransformerConfig
         raise CheckpointError(f"{path} has no quantization_config of the method bitnet.")
     if method.get("use_rms_norm"):
         raise CheckpointError(f"{path} puts a norm before each layer (use_rms_norm), which is not supported.")
-    rope = cast("dict[str, Any]", values.get("rope_parameters") or values.get("rope_scaling") or {})
+    given_rope: Any = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(given_rope, dict):
+        raise CheckpointError(f"{path} says of rotations {given_rope!r}, which is no JSON object.")
+    rope = cast("dict[str, Any]", given_rope)
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise CheckpointError(f"{path} scales rotations ({rope}), which is not supported.")
     theta = rope.get("rope_theta", values.get("rope_theta"))
     given = {name: values[name] for name in _SAME_NAMES if values.get(name) is not None}
-    given |= {} if theta is None else {"rope_theta": float(theta)}
     given |= {"tie_word_embeddings": bool(values.get("tie_word_embeddings", False))}
     try:
+        given |= {} if theta is None else {"rope_theta": float(theta)}
         config = BitTransformerConfig.from_dict(given | {"sub_norm": kind == "bitnet"})
-    except (BitLabError, TypeError) as error:
+    except (BitLabError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     return config, str(method.get("linear_class", "bitlinear"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from bitcore.config import BitQuantConfig
@@ -84,13 +84,19 @@ def load(folder: Path, expected: type[_Model], device: torch.device | str) -> _M
     tensors, metadata = read_tensors(folder / WEIGHTS, device)
     if metadata.get(_FORMAT) != json.dumps(values, sort_keys=True):
         raise CheckpointError(f"{path} and {WEIGHTS} beside it are not of one checkpoint.")
-    deployed, shared = values.get("deployed") is True, set(values.get("shared") or ())
+    deployed, names = values.get("deployed") is True, values.get("shared")
+    if not isinstance(names, list):
+        raise CheckpointError(f"{path} does not say which tensors have two names.")
+    shared = {str(name) for name in cast("list[Any]", names)}
 
     def build(place: str) -> _Model:
-        with torch.device(place):
-            model = kind(config, quant_config)
-            if deployed:
-                deploy_layers(model)
+        try:
+            with torch.device(place):
+                model = kind(config, quant_config)
+                if deployed:
+                    deploy_layers(model)
+        except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+            raise CheckpointError(f"no model can be made as {path} says: {error}") from error
         missing, unexpected = _fill(model, tensors, assign=not shared)
         if unexpected or missing != shared:
             wrong = sorted(unexpected | (missing ^ shared))
@@ -101,7 +107,7 @@ def load(folder: Path, expected: type[_Model], device: torch.device | str) -> _M
     if not shared:
         # A constructor that needs numbers fails on the meta device, and what it makes beside parameters is
         # left without numbers there.
-        with contextlib.suppress(NotImplementedError, RuntimeError):
+        with contextlib.suppress(CheckpointError):
             model = build("meta")
     if model is None or any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         model = build("cpu")

@@ -106,7 +106,6 @@ class BitTransformerLM(BitModelBase):
         logits = self(input_ids)
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
-    @torch.inference_mode()
     def generate(
         self,
         input_ids: Tensor,
@@ -146,8 +145,10 @@ class BitTransformerLM(BitModelBase):
         eos = None if ends is None else torch.tensor(ends, device=input_ids.device).view(-1)
         batch, given = input_ids.shape
         room = min(given + max_new_tokens, config.max_position_embeddings)
+        if given > room:
+            raise QuantizationError(f"{given} tokens are more than the model's {room} positions.")
         weight = self.model.embed_tokens.weight
-        with evaluating(self):
+        with evaluating(self), torch.inference_mode():
             cache = KVCache(config, batch, room, device=weight.device, dtype=weight.dtype)
             ids, ended = input_ids, torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
             step = input_ids
@@ -160,7 +161,7 @@ class BitTransformerLM(BitModelBase):
                 ids, step = torch.cat((ids, token[:, None]), 1), token[:, None]
                 if on_token is not None:
                     on_token(token)
-        return ids
+        return ids.clone()  # A plain tensor, which may be trained on.
 
     def _begin(self, part: nn.Module) -> None:
         if isinstance(part, nn.Embedding | nn.Linear | BitLinear) and part.weight is not None:

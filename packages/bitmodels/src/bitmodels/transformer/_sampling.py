@@ -22,7 +22,7 @@ def chosen(
     Raises:
         QuantizationError: A value is impossible.
     """
-    if temperature < 0:
+    if not temperature >= 0:
         raise QuantizationError(f"temperature is {temperature}; it must not be negative.")
     if top_k is not None and top_k < 1:
         raise QuantizationError(f"top_k is {top_k}; it must be 1 or more.")
@@ -33,7 +33,7 @@ def chosen(
     if top_k is not None and top_k < logits_BV.shape[-1]:
         least = logits_BV.topk(top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
-    probabilities = (logits_BV / temperature).softmax(-1)
+    probabilities = ((logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p is not None and top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         # The first is always among them: what comes before it adds up to nothing.

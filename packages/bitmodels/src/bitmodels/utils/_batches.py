@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from bitmodels.exceptions import QuantizationError
 
-__all__ = ["output_of", "split_batch", "usual_loss"]
+__all__ = ["device_of", "output_of", "split_batch", "task_of", "usual_loss"]
 
 
 def split_batch(batch: Any, device: torch.device) -> tuple[Any, Tensor | None]:
@@ -47,8 +48,12 @@ def output_of(model: nn.Module, inputs: Any) -> Tensor:
     Raises:
         QuantizationError: There is no tensor in it.
     """
-    out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return _tensor_of(model(**inputs) if isinstance(inputs, dict) else model(inputs))
+
+
+def _tensor_of(out: Any) -> Tensor:
     logits = getattr(out, "logits", None)
+    logits = getattr(out, "last_hidden_state", None) if logits is None else logits
     if logits is None and isinstance(out, Mapping):
         logits = cast("Mapping[str, Any]", out).get("logits")
     if logits is not None:
@@ -59,6 +64,33 @@ def output_of(model: nn.Module, inputs: Any) -> Tensor:
         kind = type(cast("object", out)).__name__
         raise QuantizationError(f"the model returns a {kind}, in which there is no tensor.")
     return out
+
+
+def task_of(
+    model: nn.Module, inputs: Any, targets: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return a model's output, the targets as they stand beside it, and the model's own loss if it has one.
+
+    Models of transformers that take `labels` say the loss themselves, and most of those that write text set
+    the labels off by one, which nothing but that loss tells: of both readings the one that fits it is taken.
+    """
+    if targets is None or not isinstance(inputs, dict):
+        return output_of(model, inputs), targets, None
+    found = model(**inputs, labels=targets) if _takes_labels(model) else None
+    loss = getattr(found, "loss", None)
+    if not isinstance(loss, Tensor):
+        return output_of(model, inputs), targets, None
+    out = _tensor_of(found)
+    if targets.is_floating_point() or targets.ndim < 2 or out.shape[:-1] != targets.shape:
+        return out, targets, loss
+    with torch.no_grad():
+        shifted = out[:, :-1], targets[:, 1:]
+        apart = [abs(float(usual_loss(*pair) - loss)) for pair in ((out, targets), shifted)]
+    return (*shifted, loss) if apart[1] < apart[0] else (out, targets, loss)
+
+
+def _takes_labels(model: nn.Module) -> bool:
+    return "labels" in inspect.signature(model.forward).parameters
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -12,7 +12,7 @@ from bitlayers.utils import estimate_memory_usage, evaluating, median_times_ms
 from torch import Tensor, nn
 
 from bitmodels.exceptions import QuantizationError
-from bitmodels.utils._batches import device_of, output_of, split_batch
+from bitmodels.utils._batches import device_of, output_of, split_batch, task_of
 
 __all__ = ["compare_models"]
 
@@ -65,14 +65,16 @@ def compare_models(
             pairs = [split_batch(batch, device) for device in devices]
             first = [pair[0] for pair in pairs] if first is None else first
             try:
-                outs = [output_of(m, p[0]) for m, p in zip((original, quantized), pairs, strict=True)]
+                out, targets, own = task_of(original, *pairs[0])
+                other = output_of(quantized, pairs[1][0])
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 if not drawn:
                     raise
                 raise QuantizationError(
                     f"the model does not take inputs drawn to its first layer's shape ({error}); give data."
                 ) from error
-            tally.add(outs[0].cpu(), outs[1].cpu(), None if pairs[0][1] is None else pairs[0][1].cpu())
+            other = other if own is None else other[:, : out.shape[1]]
+            tally.add(out.cpu(), other.cpu(), None if targets is None else targets.cpu())
         if first is None:
             raise QuantizationError("data has no batches.")
         inputs = first

@@ -30,7 +30,7 @@ def replace_linear_layers(
     layer_class: type[BitLinear] = BitLinear,
     quant_config: BitQuantConfig | None = None,
     *,
-    exclude: Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     norm: bool = False,
     subclasses: bool = False,
 ) -> nn.Module:
@@ -44,7 +44,8 @@ def replace_linear_layers(
         model: Changed in place; a `torch.nn.Linear` itself is left alone, and its ternary layer returned.
         layer_class: What layers become.
         quant_config: How they quantise; BitNet's own way if None.
-        exclude: Names of layers that stay, with `*` for anything, such as `lm_head` or `*.gate`.
+        exclude: Names of layers that stay, or of what holds them, with `*` for anything, such as `lm_head` or
+            `*.gate`.
         norm: Put a `SubLN` before each new layer. Training needs it more than conversion does: it begins with
             other outputs than the float layer's.
         subclasses: Replace subclasses of `torch.nn.Linear` too, which you know to compute the same.
@@ -53,14 +54,14 @@ def replace_linear_layers(
         QuantizationError: A name in `exclude` fits no layer.
     """
     kinds = _kinds(model, (nn.Linear,), subclasses)
-    return _replaced(model, kinds, layer_class, quant_config, tuple(exclude), norm)[0]
+    return _replaced(model, kinds, layer_class, quant_config, _patterns(exclude), norm)[0]
 
 
 def convert_pytorch_model(
     model: _Model,
     quant_config: BitQuantConfig | None = None,
     *,
-    exclude: Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     norm: bool = False,
     convolutions: bool = False,
     embeddings: bool = False,
@@ -74,7 +75,7 @@ def convert_pytorch_model(
     Args:
         model: Left as it is.
         quant_config: How layers quantise; BitNet's own way if None.
-        exclude: Names of layers that stay, with `*` for anything.
+        exclude: Names of layers that stay, or of what holds them, with `*` for anything.
         norm: Put a `SubLN` before each new linear layer.
         convolutions: Convert each `torch.nn.Conv2d` too.
         embeddings: Convert each `torch.nn.Embedding` too.
@@ -86,9 +87,11 @@ def convert_pytorch_model(
     bases: tuple[type[nn.Module], ...] = (nn.Linear,)
     bases += (nn.Conv2d,) * convolutions + (nn.Embedding,) * embeddings
     kinds = _kinds(model, bases, subclasses)
-    converted, names = _replaced(copy.deepcopy(model), kinds, BitLinear, quant_config, tuple(exclude), norm)
+    converted, names = _replaced(
+        copy.deepcopy(model), kinds, BitLinear, quant_config, _patterns(exclude), norm
+    )
     if not names:
-        left = sorted({type(part).__name__ for part in model.modules() if isinstance(part, bases)})
+        left = sorted(kind.__name__ for kind in _kinds(model, bases, True) - kinds)
         hint = f"; what there is are {', '.join(left)}, which subclasses=True would convert" if left else ""
         wanted = ", ".join(f"torch.nn.{base.__name__}" for base in bases)
         raise QuantizationError(f"the model has no {wanted} that could be converted{hint}.")
@@ -106,6 +109,17 @@ def _kinds(model: nn.Module, bases: tuple[type[nn.Module], ...], subclasses: boo
     found = {type(part) for part in model.modules() if isinstance(part, bases)} if subclasses else set(bases)
     # Its layer is computed by attention itself, from the weight.
     return found - {NonDynamicallyQuantizableLinear}
+
+
+def _patterns(exclude: str | Iterable[str]) -> tuple[str, ...]:
+    return (exclude,) if isinstance(exclude, str) else tuple(exclude)
+
+
+def _stays(name: str, exclude: tuple[str, ...]) -> bool:
+    """Return whether a layer, or what holds it, is excluded."""
+    parts = name.split(".")
+    holders = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return any(fnmatchcase(holder, pattern) for holder in holders for pattern in exclude)
 
 
 def _replaced(
@@ -130,8 +144,10 @@ def _replaced(
     names: list[str] = []
     for name, part in named.items():
         shared = users.get(id(getattr(part, "weight", None)), set()) - {type(part)}
-        if type(part) not in kinds or shared or any(fnmatchcase(name, pattern) for pattern in exclude):
+        if type(part) not in kinds or shared or _stays(name, exclude):
             continue
+        if "weight" not in dict(part.named_parameters(recurse=False)):
+            continue  # It is computed from others, whenever it is asked for.
         if id(part) not in made:
             made[id(part)] = _ternary(part, layer_class, quant_config, norm)
         names.append(name)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from bitmodels.exceptions import QuantizationError
-from bitmodels.utils._batches import device_of, output_of, split_batch, usual_loss
+from bitmodels.utils._batches import device_of, output_of, split_batch, task_of, usual_loss
 
 __all__ = ["finetune"]
 
@@ -61,9 +61,10 @@ def finetune(
         distillation: The weight of the teacher's outputs against that of the targets, from 0 to 1; where
             there are no targets it is 1.
         temperature: By which both models' logits are divided for the teacher's part.
-        loss: Of outputs and targets; by default cross-entropy for classes and the mean square error else.
-        optimizer: Of the model's parameters; AdamW without decay if None. Its learning rates are scaled by
-            the schedule, and left as they were at the end.
+        loss: Of outputs and targets; by default the model's own where it has one, as models of transformers
+            have, else cross-entropy for classes and the mean square error for numbers.
+        optimizer: Of the parameters that are trained; AdamW without decay of all if None. Its learning rates
+            are scaled by the schedule, and left as they were at the end.
         max_grad_norm: To which gradients are scaled down.
         show_progress: Whether to show a bar on standard error.
 
@@ -83,7 +84,6 @@ def finetune(
             f"finetune needs ternary layers with float weights, but the model has {state}."
         )
     device = device_of(model)
-    criterion = loss or usual_loss
     own = optimizer or torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], learning_rate, weight_decay=0.0
     )
@@ -100,20 +100,26 @@ def finetune(
             round_by(strength)
             rate = scale_rates(_schedule(step, total))
             inputs, targets = split_batch(batch, device)
-            value = _loss(model, inputs, targets, teacher, distillation, temperature, criterion)
+            value = _loss(model, inputs, targets, teacher, distillation, temperature, loss)
             number = value.item()
             if not math.isfinite(number):
                 raise QuantizationError(f"the loss is {number} at step {step}; lower the learning rate.")
-            own.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             torch.autograd.backward(value)
-            nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+            trained = [parameter for group in own.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(trained, max_grad_norm)
             cast("Any", own).step()
             for name, found in (("loss", number), ("strength", strength), ("learning_rate", rate)):
                 history[name].append(found)
             advance(number)
-        own.zero_grad(set_to_none=True)
-    if not history["loss"]:
-        raise QuantizationError("data has no batches.")
+        model.zero_grad(set_to_none=True)
+    done = len(history["loss"])
+    if done < total:
+        raise QuantizationError(
+            f"data ended after {done} of {total} steps; give what can be gone through again, or fewer steps."
+            if done
+            else "data has no batches."
+        )
     return history
 
 
@@ -124,15 +130,19 @@ def _loss(
     teacher: nn.Module | None,
     distillation: float,
     temperature: float,
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    criterion: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Tensor:
-    out = output_of(model, inputs)
+    out, targets, own = task_of(model, inputs, targets)
+    asked = None
+    if targets is not None:
+        asked = own if own is not None and criterion is None else (criterion or usual_loss)(out, targets)
     if teacher is None:
-        if targets is None:
+        if asked is None:
             raise QuantizationError("batches have no targets; give a teacher to learn from.")
-        return criterion(out, targets)
+        return asked
     with torch.no_grad():
         wanted = output_of(teacher, inputs)
+        wanted = wanted if own is None else wanted[:, : out.shape[1]]
     if wanted.shape != out.shape:
         raise QuantizationError(
             f"the teacher's outputs have the shape {list(wanted.shape)}, the model's {list(out.shape)}."
@@ -145,9 +155,7 @@ def _loss(
         taught = temperature**2 * F.kl_div(
             student.log_softmax(-1), other.log_softmax(-1), reduction="batchmean", log_target=True
         )
-    if targets is None:
-        return taught
-    return distillation * taught + (1 - distillation) * criterion(out, targets)
+    return taught if asked is None else distillation * taught + (1 - distillation) * asked
 
 
 @contextmanager
@@ -189,13 +197,15 @@ def _schedule(step: int, total: int) -> float:
 def _steps_in(data: Iterable[Any], epochs: int, steps: int | None) -> int:
     if epochs < 1 or (steps is not None and steps < 1):
         raise QuantizationError(f"epochs is {epochs} and steps is {steps}; they must be 1 or more.")
-    if not isinstance(data, Sized):
+    try:
+        length = len(cast("Sized", data))
+    except TypeError as error:  # Also loaders have none, of datasets that have none.
         if steps is None:
-            raise QuantizationError("data cannot tell its length; say how many steps there are.")
+            raise QuantizationError("data cannot tell its length; say how many steps there are.") from error
         return steps
-    if len(data) == 0:
+    if length == 0:
         raise QuantizationError("data has no batches.")
-    return len(data) * epochs if steps is None else steps
+    return length * epochs if steps is None else steps
 
 
 def _endless(data: Iterable[Any], epochs: int, steps: int | None) -> Generator[Any]:
