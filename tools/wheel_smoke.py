@@ -132,7 +132,8 @@ def foreign_files(wheel: Wheel, environment: Path) -> list[str]:
     """
     (site,) = environment.glob("lib/python*/site-packages")
     with zipfile.ZipFile(wheel.path) as archive:
-        files = [file for file in archive.namelist() if not file.endswith("/RECORD")]
+        # What auditwheel writes has entries of folders too.
+        files = [file for file in archive.namelist() if not file.endswith(("/RECORD", "/"))]
         if not any((site / file).parent.exists() for file in files if file.endswith("/METADATA")):
             return []
         return [f for f in files if not (site / f).exists() or (site / f).read_bytes() != archive.read(f)]
