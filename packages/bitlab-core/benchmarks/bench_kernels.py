@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -94,8 +95,6 @@ def _int8(x: Tensor, weight: Tensor, weight_scale: float) -> Tensor:
 
 
 def _count(call: Callable[[], object]) -> int:
-    import time
-
     call()
     start = time.perf_counter()
     call()

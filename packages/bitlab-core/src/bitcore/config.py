@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
-from bitcore._names import nearest
-from bitcore.exceptions import QuantizationError
+from bitcore.exceptions import QuantizationError, nearest
 
 __all__ = ["ActivationDtype", "ActivationGranularity", "BitQuantConfig", "WeightGranularity"]
 

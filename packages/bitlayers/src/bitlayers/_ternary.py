@@ -189,10 +189,10 @@ class TernaryLayer(nn.Module):
     def _sources(self) -> list[_Source]:
         """Return what that depends on which is kept for evaluation."""
         found: list[_Source] = []
-        for name in ("weight", "bias", "qweight", "qweight_scale"):
+        for name in ("qweight", "qweight_scale", "bias") if self.is_deployed else ("weight", "bias"):
             tensor = getattr(self, name, None)
             held = self._buffers if name in self._buffers else self._parameters
-            if isinstance(tensor, Tensor) and (self.is_deployed or not name.startswith("q")):
+            if isinstance(tensor, Tensor):
                 version = None if tensor.is_inference() else tensor._version
                 found.append((held, name, tensor, version, tensor.data_ptr()))
         return found

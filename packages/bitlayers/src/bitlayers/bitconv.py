@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
-from bitcore.ops import bitlinear, quantize_weight, quantize_x
+from bitcore.ops import bitlinear, dequantize_weight, quantize_weight, quantize_x
 from bitcore.packing import rows
 from torch import Tensor, nn
 
@@ -109,7 +109,7 @@ class BitConv2d(TernaryLayer):
             rounded = bitlinear.fake_quantize_x(x.flatten(1), self.quant_config, self._strength).view_as(x)
             if weight is None:
                 scale, codes = self.ternary_weight()
-                fake = (codes * scale.view(-1, 1, 1, 1)).to(x.dtype)
+                fake = dequantize_weight(scale.view(-1, 1, 1, 1), codes, x.dtype)
             else:
                 fake = bitlinear.fake_quantize_weight(weight, self.quant_config, self._strength)
             return self._convolve(rounded, fake, self.bias)
@@ -135,7 +135,7 @@ class BitConv2d(TernaryLayer):
         codes = self._unpack(qweight)
         scale = qweight_scale.view(-1, 1, 1)
         if not self.quant_config.quantizes_activations:
-            out = self._convolve(x, (codes * scale.unsqueeze(1)).to(x.dtype), None).float()
+            out = self._convolve(x, dequantize_weight(scale.unsqueeze(1), codes, x.dtype), None).float()
         else:
             wide = torch.float32 if self._terms <= _EXACT_TERMS else torch.float64
             x_scale, qx = quantize_x(x.flatten(1), self.quant_config.activation_granularity)

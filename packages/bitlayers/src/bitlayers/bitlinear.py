@@ -101,6 +101,7 @@ class BitLinear(TernaryLayer):
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(device))
+        # Asked first, as looking parameters up takes longer.
         differentiable = torch.is_grad_enabled() and wants_gradients(x, self.weight, self.bias)
         if compiling or differentiable or not is_plain(x):
             scale, qweight = (self.qweight_scale, self.qweight) if compiling else self.packed()

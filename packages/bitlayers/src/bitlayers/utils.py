@@ -95,8 +95,10 @@ def evaluating(*modules: nn.Module) -> Generator[None]:
     """Put modules in evaluation for the time of a `with`, and each of their parts back to what it was."""
     training = [part for module in modules for part in module.modules() if part.training]
     try:
+        # Those that are in evaluation already keep what they have packed.
         for module in modules:
-            module.eval()
+            if any(part.training for part in module.modules()):
+                module.eval()
         yield
     finally:
         for part in training:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any, Self, cast
+
+from bitcore.exceptions import nearest
 
 from bitmodels.exceptions import QuantizationError
 
@@ -27,12 +28,13 @@ class ModelConfig:
         Raises:
             QuantizationError: A field is unknown, missing or impossible.
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
+        fields = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in fields:
-                close = difflib.get_close_matches(str(name), list(fields), n=1)
-                hint = f"; did you mean {close[0]}?" if close else "."
-                raise QuantizationError(f"{cls.__name__} has no {name!r}, only {', '.join(fields)}{hint}")
+                known = ", ".join(fields)
+                raise QuantizationError(
+                    f"{cls.__name__} has no {name!r}, only {known}{nearest(name, fields)}"
+                )
         given = {name: _frozen(value) for name, value in values.items()}
         try:
             return cls(**given)

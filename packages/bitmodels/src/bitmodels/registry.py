@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
+
+from bitcore.exceptions import nearest
 
 from bitmodels.exceptions import ModelNotFoundError
 
@@ -20,9 +21,8 @@ class _Registry(dict[str, "type[BitModelBase]"]):
     """Models by name; asked for a name that is unknown, it says which are known."""
 
     def __missing__(self, name: str) -> type[BitModelBase]:
-        close = difflib.get_close_matches(str(name), list(self), n=1)
-        hint = f"; did you mean {close[0]}?" if close else "."
-        raise ModelNotFoundError(f"there is no model {name!r} among {', '.join(self)}{hint}")
+        known = ", ".join(self)
+        raise ModelNotFoundError(f"there is no model {name!r} among {known}{nearest(name, self)}")
 
 
 MODEL_REGISTRY: dict[str, type[BitModelBase]] = _Registry()

@@ -8,9 +8,8 @@ from typing import ClassVar, TypeVar
 
 import torch
 
-from bitcore._names import nearest
 from bitcore.config import BitQuantConfig
-from bitcore.exceptions import KernelNotFoundError
+from bitcore.exceptions import KernelNotFoundError, nearest
 from bitcore.kernels.base import BitKernelBase
 
 __all__ = ["FORCE_VARIABLE", "KernelRegistry"]

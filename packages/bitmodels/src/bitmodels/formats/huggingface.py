@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bitmodels.exceptions import BitLabError, CheckpointError
 from bitmodels.formats._files import CONFIG, WEIGHTS, read_json, read_tensors, write_json, write_tensors
+from bitmodels.formats._loading import fill, is_packed
 from bitmodels.transformer import BitTransformerConfig, BitTransformerLM
 
 __all__ = ["load", "save"]
@@ -77,10 +78,9 @@ def load(
         cast("dict[str, Any]", values.get("quantization_config") or {}).get("quantization_mode") == "offline"
     ):
         raise CheckpointError(f"{path} says that weights are packed, but no weight has a weight_scale.")
-    try:
-        _fill(model, tensors, folder)
-    except BitLabError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+    if model.lm_head is None:
+        tensors.pop("lm_head.weight", None)  # The embedding, stored beside it.
+    fill(model, tensors, folder)
     model = model.to(device)
     return (model if dtype is None else model.to(dtype)).eval()
 
@@ -105,17 +105,14 @@ def save(
     _check_usual(model)
     if config.sub_norm and config.head_size * config.num_attention_heads != config.hidden_size:
         raise CheckpointError("transformers' BitNet has heads that make up hidden_size; this model's do not.")
-    layers = ternary_layers(model)
-    deployed = model.is_deployed
-    if not deployed and any(layer.is_deployed for layer in layers.values()):
-        raise CheckpointError("some layers are deployed and others are not; call deploy() on the model.")
+    deployed = is_packed(model)
     tensors = {
         name: tensor
         for name, tensor in model.state_dict().items()
         if not name.endswith((".qweight", ".qweight_scale"))
     }
     if deployed:
-        for name, layer in layers.items():
+        for name, layer in ternary_layers(model).items():
             scale, codes = layer.ternary_weight()
             if len(codes) % 4:
                 raise CheckpointError(f"{name} has {len(codes)} rows; transformers packs a multiple of 4.")
@@ -222,20 +219,3 @@ def _unpacked(
     except BitLabError as error:
         raise CheckpointError(f"{folder}: {name}: {error}") from error
     return {f"{name}.qweight": packed, f"{name}.qweight_scale": scale.expand(rows).contiguous()}
-
-
-def _fill(model: BitTransformerLM, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Put tensors in a model, all of them and of the right shapes."""
-    own = model.state_dict()
-    for name, tensor in tensors.items():
-        if name in own and own[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{folder}: {name} has the shape {list(tensor.shape)}, but the configuration needs "
-                f"{list(own[name].shape)}."
-            )
-    # A head that is the embedding may be stored beside it.
-    ignored = {"lm_head.weight"} if model.lm_head is None else set[str]()
-    wrong = sorted((own.keys() ^ tensors.keys()) - ignored)
-    if wrong:
-        raise CheckpointError(f"{folder} and the model differ in {', '.join(wrong[:5])}.")
-    model.load_state_dict({name: tensors[name] for name in own}, assign=True)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from bitcore.config import BitQuantConfig
-from bitlayers.utils import deploy_layers, ternary_layers
+from bitlayers.utils import deploy_layers
 from torch import Tensor
 
 from bitmodels.config import ModelConfig
 from bitmodels.exceptions import BitLabError, CheckpointError
 from bitmodels.formats._files import CONFIG, WEIGHTS, read_json, read_tensors, write_json, write_tensors
+from bitmodels.formats._loading import fill, is_packed
 from bitmodels.registry import MODEL_REGISTRY
 
 if TYPE_CHECKING:
@@ -39,9 +40,7 @@ def save(model: BitModelBase, folder: Path) -> None:
             f"the configuration of a {name} is a {type(model.config).__name__}, which cannot be stored; make "
             "it a ModelConfig and name its class as the model's config_class."
         )
-    forms = {layer.is_deployed for layer in ternary_layers(model).values()}
-    if len(forms) > 1:
-        raise CheckpointError("some layers are deployed and others are not; call deploy() on the model.")
+    deployed = is_packed(model)
     tensors, shared = _once_each(model.state_dict())
     values: dict[str, Any] = {
         "format": _FORMAT,
@@ -49,7 +48,7 @@ def save(model: BitModelBase, folder: Path) -> None:
         "model": name,
         "config": model.config.to_dict(),
         "quant_config": model.get_quant_config(),
-        "deployed": forms == {True},
+        "deployed": deployed,
         "shared": shared,
     }
     # Both files say what they are, so that two halves of different checkpoints are never taken for one.
@@ -89,46 +88,28 @@ def load(folder: Path, expected: type[_Model], device: torch.device | str) -> _M
         raise CheckpointError(f"{path} does not say which tensors have two names.")
     shared = {str(name) for name in cast("list[Any]", names)}
 
-    def build(place: str) -> _Model:
+    def made(place: str) -> _Model:
         try:
             with torch.device(place):
                 model = kind(config, quant_config)
                 if deployed:
                     deploy_layers(model)
+                return model
         except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
             raise CheckpointError(f"no model can be made as {path} says: {error}") from error
-        missing, unexpected = _fill(model, tensors, assign=not shared)
-        if unexpected or missing != shared:
-            wrong = sorted(unexpected | (missing ^ shared))
-            raise CheckpointError(f"{folder / WEIGHTS} does not fit the model in {', '.join(wrong[:5])}.")
-        return model
 
     model = None
     if not shared:
-        # A constructor that needs numbers fails on the meta device, and what it makes beside parameters is
-        # left without numbers there.
+        # A constructor that needs numbers fails on the meta device.
         with contextlib.suppress(CheckpointError):
-            model = build("meta")
+            model = made("meta")
+    if model is not None:
+        fill(model, tensors, folder / WEIGHTS)
+    # What it makes beside what is stored is left without numbers there.
     if model is None or any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        model = build("cpu")
+        model = made("cpu")
+        fill(model, tensors, folder / WEIGHTS, shared=shared)
     return model.to(device).eval()
-
-
-def _fill(model: BitModelBase, tensors: dict[str, Tensor], *, assign: bool) -> tuple[set[str], set[str]]:
-    """Put tensors in a model and return the names that are missing and those that are of nothing.
-
-    With `assign` they take the place of the model's own, without a copy; a tensor that has two names there
-    stays one only without it.
-    """
-    own = model.state_dict()
-    for name, tensor in tensors.items():
-        if name in own and own[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{name} has the shape {list(tensor.shape)} in {WEIGHTS}, but the configuration needs "
-                f"{list(own[name].shape)}."
-            )
-    model.load_state_dict(tensors, strict=False, assign=assign)
-    return own.keys() - tensors.keys(), tensors.keys() - own.keys()
 
 
 def _once_each(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

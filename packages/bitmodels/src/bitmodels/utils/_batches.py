@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bitmodels.exceptions import QuantizationError
 
-__all__ = ["device_of", "output_of", "split_batch", "task_of", "usual_loss"]
+__all__ = ["answer_of", "device_of", "is_shifted", "output_of", "split_batch", "usual_loss"]
 
 
 def split_batch(batch: Any, device: torch.device) -> tuple[Any, Tensor | None]:
@@ -66,27 +66,27 @@ def _tensor_of(out: Any) -> Tensor:
     return out
 
 
-def task_of(
-    model: nn.Module, inputs: Any, targets: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return a model's output, the targets as they stand beside it, and the model's own loss if it has one.
-
-    Models of transformers that take `labels` say the loss themselves, and most of those that write text set
-    the labels off by one, which nothing but that loss tells: of both readings the one that fits it is taken.
-    """
-    if targets is None or not isinstance(inputs, dict):
-        return output_of(model, inputs), targets, None
-    found = model(**inputs, labels=targets) if _takes_labels(model) else None
+def answer_of(model: nn.Module, inputs: Any, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return a model's output, and its own loss if it takes `labels` and says one, as in transformers."""
+    if targets is None or not isinstance(inputs, dict) or not _takes_labels(model):
+        return output_of(model, inputs), None
+    found = model(**inputs, labels=targets)
     loss = getattr(found, "loss", None)
-    if not isinstance(loss, Tensor):
-        return output_of(model, inputs), targets, None
-    out = _tensor_of(found)
-    if targets.is_floating_point() or targets.ndim < 2 or out.shape[:-1] != targets.shape:
-        return out, targets, loss
-    with torch.no_grad():
-        shifted = out[:, :-1], targets[:, 1:]
-        apart = [abs(float(usual_loss(*pair) - loss)) for pair in ((out, targets), shifted)]
-    return (*shifted, loss) if apart[1] < apart[0] else (out, targets, loss)
+    return _tensor_of(found), loss if isinstance(loss, Tensor) else None
+
+
+@torch.no_grad()
+def is_shifted(out: Tensor, targets: Tensor, own: Tensor | None) -> bool:
+    """Return whether each target is of the output before it, which nothing but the model's own loss tells.
+
+    Most models of transformers that write text set the labels off by one themselves: of both readings the one
+    that fits their loss is taken.
+    """
+    if own is None or targets.is_floating_point() or targets.ndim < 2 or out.shape[:-1] != targets.shape:
+        return False
+    readings = (out, targets), (out[:, :-1], targets[:, 1:])
+    beside, before = (abs(float(usual_loss(*pair) - own)) for pair in readings)
+    return before < beside
 
 
 def _takes_labels(model: nn.Module) -> bool:

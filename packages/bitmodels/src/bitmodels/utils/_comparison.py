@@ -12,7 +12,7 @@ from bitlayers.utils import estimate_memory_usage, evaluating, median_times_ms
 from torch import Tensor, nn
 
 from bitmodels.exceptions import QuantizationError
-from bitmodels.utils._batches import device_of, output_of, split_batch, task_of
+from bitmodels.utils._batches import answer_of, device_of, is_shifted, output_of, split_batch
 
 __all__ = ["compare_models"]
 
@@ -65,7 +65,8 @@ def compare_models(
             pairs = [split_batch(batch, device) for device in devices]
             first = [pair[0] for pair in pairs] if first is None else first
             try:
-                out, targets, own = task_of(original, *pairs[0])
+                targets = pairs[0][1]
+                out, own = answer_of(original, *pairs[0])
                 other = output_of(quantized, pairs[1][0])
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 if not drawn:
@@ -73,7 +74,8 @@ def compare_models(
                 raise QuantizationError(
                     f"the model does not take inputs drawn to its first layer's shape ({error}); give data."
                 ) from error
-            other = other if own is None else other[:, : out.shape[1]]
+            if targets is not None and is_shifted(out, targets, own):
+                out, other, targets = out[:, :-1], other[:, :-1], targets[:, 1:]
             tally.add(out.cpu(), other.cpu(), None if targets is None else targets.cpu())
         if first is None:
             raise QuantizationError("data has no batches.")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from bitcore.config import BitQuantConfig
-from bitlayers import BitConv2d, BitEmbedding, BitLinear
+from bitlayers import BitConv2d, BitEmbedding, BitLinear, SubLN
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -200,8 +200,6 @@ def _ternary(
     if bias is not None:
         new.bias = bias
     if norm and isinstance(part, nn.Linear):
-        from bitlayers import SubLN
-
         new.norm = SubLN(part.in_features, device=part.weight.device, dtype=part.weight.dtype)
     new.train(old.training)
     return new

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from bitmodels.exceptions import QuantizationError
-from bitmodels.utils._batches import device_of, output_of, split_batch, task_of, usual_loss
+from bitmodels.utils._batches import answer_of, device_of, is_shifted, output_of, split_batch, usual_loss
 
 __all__ = ["finetune"]
 
@@ -87,6 +87,7 @@ def finetune(
     own = optimizer or torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], learning_rate, weight_decay=0.0
     )
+    trained = [parameter for group in own.param_groups for parameter in group["params"]]
     history: dict[str, list[float]] = {"loss": [], "strength": [], "learning_rate": []}
     model.train()
     with (
@@ -106,7 +107,6 @@ def finetune(
                 raise QuantizationError(f"the loss is {number} at step {step}; lower the learning rate.")
             model.zero_grad(set_to_none=True)
             torch.autograd.backward(value)
-            trained = [parameter for group in own.param_groups for parameter in group["params"]]
             nn.utils.clip_grad_norm_(trained, max_grad_norm)
             cast("Any", own).step()
             for name, found in (("loss", number), ("strength", strength), ("learning_rate", rate)):
@@ -132,17 +132,21 @@ def _loss(
     temperature: float,
     criterion: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Tensor:
-    out, targets, own = task_of(model, inputs, targets)
-    asked = None
-    if targets is not None:
-        asked = own if own is not None and criterion is None else (criterion or usual_loss)(out, targets)
+    out, own = answer_of(model, inputs, targets)
+    if targets is None:
+        asked = None
+    elif own is not None and criterion is None:
+        asked = own
+    else:
+        shifted = is_shifted(out, targets, own)
+        pair = (out[:, :-1], targets[:, 1:]) if shifted else (out, targets)
+        asked = (criterion or usual_loss)(*pair)
     if teacher is None:
         if asked is None:
             raise QuantizationError("batches have no targets; give a teacher to learn from.")
         return asked
     with torch.no_grad():
         wanted = output_of(teacher, inputs)
-        wanted = wanted if own is None else wanted[:, : out.shape[1]]
     if wanted.shape != out.shape:
         raise QuantizationError(
             f"the teacher's outputs have the shape {list(wanted.shape)}, the model's {list(out.shape)}."
