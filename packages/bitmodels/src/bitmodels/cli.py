@@ -8,12 +8,25 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
-from bitcore.exceptions import BitLabError
+import torch
+from bitcore.config import BitQuantConfig
+from bitcore.exceptions import BitLabError, QuantizationError
+from bitcore.kernels import KernelRegistry
+from bitcore.packing.hf_bitnet import LinearClass
+from bitlayers import BitLinear
+from bitlayers.utils import median_times_ms
+from rich.console import Console
+from rich.table import Table
 
-if TYPE_CHECKING:
-    from bitmodels.base import BitModelBase
+from bitmodels.auto import AutoBitModel
+from bitmodels.base import BitModelBase
+from bitmodels.exceptions import CheckpointError
+from bitmodels.formats import gguf, huggingface
+from bitmodels.formats._files import CONFIG, read_json
+from bitmodels.transformer import BitTransformerLM
+from bitmodels.utils import analyze_model
 
 __all__ = ["main"]
 
@@ -64,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", choices=("bitmodels", "huggingface"), default="bitmodels", help="the layout")
     convert.add_argument(
         "--linear-class",
-        choices=("bitlinear", "autobitlinear"),
+        choices=get_args(LinearClass),
         default="bitlinear",
         help="for --to huggingface: the layer of transformers that will compute (default: %(default)s)",
     )
@@ -79,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, metavar="FILE.gguf")
     export.add_argument(
         "--type",
-        choices=("TQ2_0", "TQ1_0", "I2_S"),
+        choices=get_args(gguf.GGUFType),
         default="TQ2_0",
         help="of the ternary weights; I2_S is for bitnet.cpp alone (default: %(default)s)",
     )
@@ -111,9 +124,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(folder: Path) -> BitModelBase:
-    from bitmodels.auto import AutoBitModel
-    from bitmodels.formats import huggingface
-    from bitmodels.formats._files import CONFIG, read_json
 
     if read_json(folder / CONFIG).get("format") == "bitmodels":
         return AutoBitModel.from_pretrained(folder)
@@ -121,10 +131,6 @@ def _load(folder: Path) -> BitModelBase:
 
 
 def _analyze(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from bitmodels.utils import analyze_model
 
     found = analyze_model(_load(options.model))
     if options.json:
@@ -147,9 +153,6 @@ def _analyze(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from bitmodels.exceptions import CheckpointError
-    from bitmodels.formats import huggingface
-    from bitmodels.transformer import BitTransformerLM
 
     out: Path = options.out
     if out.resolve() == options.model.resolve():
@@ -177,9 +180,6 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from bitmodels.exceptions import CheckpointError
-    from bitmodels.formats import gguf
-    from bitmodels.transformer import BitTransformerLM
 
     if options.out.exists() and not options.force:
         raise CheckpointError(f"{options.out} is there already; name another, or add --force.")
@@ -194,14 +194,6 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    import torch
-    from bitcore.config import BitQuantConfig
-    from bitcore.exceptions import QuantizationError
-    from bitcore.kernels import KernelRegistry
-    from bitlayers import BitLinear
-    from bitlayers.utils import median_times_ms
-    from rich.console import Console
-    from rich.table import Table
 
     shapes: list[tuple[int, int]] = []
     for text in options.shapes:
