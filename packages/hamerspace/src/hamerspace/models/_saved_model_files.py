@@ -1,0 +1,91 @@
+"""SavedModels: graphs with weights in a folder, read without any Python of theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from hamerspace._imports import need
+from hamerspace.exceptions import ModelError, UnsafeModelError
+from hamerspace.models._tensorflow_graph import SIGNATURE, Endpoint, Traced, first_line
+from hamerspace.runtimes._tensorflow_library import quiet, tensorflow
+
+_REFUSED_OPS: Final = frozenset(
+    {"EagerPyFunc", "PyFunc", "PyFuncStateless", "ReadFile", "WriteFile", "MatchingFiles", "LoadDataset"}
+)
+"""What reaches out of the graph: into Python, or into files that are no part of the model."""
+
+
+def open_saved_model(path: Path) -> Endpoint:
+    """Load a SavedModel's folder.
+
+    Raises:
+        ModelError: it is damaged or has no signature.
+        UnsafeModelError: its graph calls Python or opens files.
+    """
+    tf = tensorflow()
+    _refuse_reaching_out(path)
+    try:
+        with quiet():
+            loaded = tf.saved_model.load(str(path))
+    except Exception as error:
+        raise ModelError(f"{path} cannot be read by TensorFlow: {first_line(error)}") from error
+    return endpoint_of(loaded, str(path))
+
+
+def endpoint_of(loaded: Any, where: str) -> Endpoint:
+    """Take the signature of what ``tf.saved_model.load`` gave.
+
+    Raises:
+        ModelError: there is none, or more than one and none of them is the usual.
+    """
+    signatures = dict(loaded.signatures)
+    key = SIGNATURE if SIGNATURE in signatures else next(iter(signatures), None)
+    if key is None or (key != SIGNATURE and len(signatures) > 1):
+        raise ModelError(
+            f"{where} has the signatures {list(signatures)}, and {SIGNATURE!r} is wanted; save it with "
+            "tf.saved_model.save(module, folder, signatures=function), or by Keras's model.export(folder)"
+        )
+    function = signatures[key]
+    inputs = function.structured_input_signature[1]
+    # The order of the function that was saved, which only this attribute still knows.
+    order = [name for name in getattr(function, "_arg_keywords", None) or () if name in inputs]
+    outputs = tuple(function.structured_outputs)
+    return Endpoint(
+        function=function,
+        owner=loaded,
+        inputs=tuple(order) if len(order) == len(inputs) else tuple(sorted(inputs)),
+        outputs=outputs,
+        structure="tensor" if len(outputs) == 1 else "dict",
+    )
+
+
+def write_saved_model(traced: Traced, folder: Path) -> None:
+    """Write a compiled function and its variables into a folder."""
+    tf = tensorflow()
+    module = tf.Module()
+    module.owner = traced.owner
+    with quiet():
+        tf.saved_model.save(
+            module,
+            str(folder),
+            signatures={SIGNATURE: traced.function},
+            options=tf.saved_model.SaveOptions(save_debug_info=False),
+        )
+
+
+def _refuse_reaching_out(path: Path) -> None:
+    message = need("tensorflow.core.protobuf.saved_model_pb2").SavedModel()
+    try:
+        message.ParseFromString((path / "saved_model.pb").read_bytes())
+    except Exception as error:
+        raise ModelError(f"{path} is no SavedModel, or is damaged: {first_line(error)}") from error
+    used: set[str] = set()
+    for graph in (meta.graph_def for meta in message.meta_graphs):
+        used.update(node.op for node in graph.node)
+        used.update(node.op for function in graph.library.function for node in function.node_def)
+    if refused := sorted(used & _REFUSED_OPS):
+        raise UnsafeModelError(
+            f"{path} has {', '.join(refused)} in its graph, which run Python or open files; take them out of "
+            "the model before it is saved"
+        )
