@@ -6,7 +6,7 @@ import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from hamerspace._imports import need
 from hamerspace.exceptions import ModelError, UnsafeModelError
@@ -81,7 +81,7 @@ def _objects(config: Any) -> Iterator[dict[str, Any]]:
     while waiting:
         one = waiting.pop()
         if isinstance(one, dict):
-            table: dict[str, Any] = one
+            table = cast("dict[str, Any]", one)
             if "class_name" in table:
                 yield table
             # What was compiled for training is not read.

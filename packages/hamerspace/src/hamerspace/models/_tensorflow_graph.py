@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from hamerspace._imports import need
 from hamerspace.exceptions import ModelError
@@ -127,16 +127,17 @@ def named_tensors(value: Any, names: Sequence[str] | None) -> tuple[Structure, d
     """
     tf = tensorflow()
     if isinstance(value, Mapping):
-        pairs: Any = value
+        pairs = cast("Mapping[Any, Any]", value)
         structure, found = "dict", {str(name): one for name, one in pairs.items()}
     elif isinstance(value, (list, tuple)):
-        values: Any = value
+        values = list(cast("Sequence[Any]", value))
         usable = names if names is not None and len(names) == len(values) else None
         structure = "tuple"
         found = dict(zip(usable or [f"output_{place}" for place in range(len(values))], values, strict=True))
     else:
         structure, found = "tensor", {names[0] if names and len(names) == 1 else "output": value}
-    if not found or not all(tf.is_tensor(one) and isinstance(one, tf.Tensor) for one in found.values()):
+    tensors: list[Any] = list(found.values())
+    if not tensors or not all(tf.is_tensor(one) and isinstance(one, tf.Tensor) for one in tensors):
         raise TypeError(f"it gives {type(value).__name__}, which holds other things than dense tensors")
     if structure == "dict" and names is not None and set(names) == set(found):
         found = {name: found[name] for name in names}
@@ -165,6 +166,19 @@ def frozen(function: Any) -> Any:
     with quiet():
         conversion = need("tensorflow.python.framework.convert_to_constants")
         return conversion.convert_variables_to_constants_v2(function)
+
+
+def trace_frozen(traced: Traced, inputs: Sequence[TensorSpec]) -> Traced:
+    """Freeze a compiled function, and compile that one with the same names."""
+    tf = tensorflow()
+    inlined, pattern = frozen(traced.function), traced.function.structured_outputs
+
+    def call(tensors: Sequence[Any]) -> Any:
+        given = inlined(*tensors)
+        return tf.nest.pack_sequence_as(pattern, given if isinstance(given, list) else [given])
+
+    names = [spec.name for spec in traced.outputs]
+    return trace(call, tf.Module(), inputs, names, traced.structure)
 
 
 def vocabularies(function: Any) -> dict[str, int]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -252,7 +252,7 @@ def _subclassed(
         shapes = [(None, *array.shape[1:]) for array in examples.values()]
     elif input_shape is not None:
         given = shapes_of(input_shape, []) or []
-        keys = list(input_shape) if isinstance(input_shape, Mapping) else None
+        keys = list(cast("Mapping[str, Any]", input_shape)) if isinstance(input_shape, Mapping) else None
         dtypes = ["float32"] * len(given)
         shapes = [tuple(n if isinstance(n, int) else None for n in shape) for shape in given]
     else:
@@ -335,9 +335,10 @@ def _with_examples(specs: tuple[TensorSpec, ...], example_inputs: Any) -> tuple[
 
 def _arrays(example_inputs: Any) -> dict[str, Array]:
     if isinstance(example_inputs, Mapping):
-        pairs: Any = example_inputs
+        pairs = cast("Mapping[Any, Any]", example_inputs)
         return {str(name): as_array(value) for name, value in pairs.items()}
-    values: Any = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    several = isinstance(example_inputs, (tuple, list))
+    values = cast("Sequence[Any]", example_inputs if several else (example_inputs,))
     return {f"input_{place}" if place else "input": as_array(value) for place, value in enumerate(values)}
 
 

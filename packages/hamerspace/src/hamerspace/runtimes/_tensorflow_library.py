@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, Final
@@ -59,7 +59,7 @@ def keras() -> Any:
 
 
 @contextmanager
-def quiet(*, native: bool = False) -> Iterator[None]:
+def quiet(*, native: bool = False) -> Generator[None]:
     """Keep TensorFlow's log lines and its notes on its own future off the screen, and nothing else.
 
     Its native part writes to the process's standard error whatever its settings are. With ``native``, that
@@ -81,7 +81,7 @@ def quiet(*, native: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _native_lines_dropped() -> Iterator[None]:
+def _native_lines_dropped() -> Generator[None]:
     sys.stderr.flush()
     try:
         kept = os.dup(2)

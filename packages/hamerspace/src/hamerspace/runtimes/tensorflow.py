@@ -66,7 +66,9 @@ class FunctionRunner(Runner):
         self.inputs, self.outputs = inputs, outputs or traced.outputs
         # The function alone would not keep its variables.
         self._traced = traced
-        self._device = "/CPU:0" if options.device == "cpu" else "/GPU:0"
+        # Where there is nothing but the CPU, naming it at every call would only cost time.
+        several = bool(tensorflow().config.list_physical_devices("GPU"))
+        self._device = f"/{'CPU' if options.device == 'cpu' else 'GPU'}:0" if several else None
 
     def prepare(self, feeds: Feeds) -> list[Any]:
         """Return tensors on the device."""
@@ -76,12 +78,12 @@ class FunctionRunner(Runner):
 
     def run_prepared(self, prepared: Any) -> Any:
         """Run once."""
+        if self._device is None:
+            return self._traced.function(*prepared)
         with tensorflow().device(self._device):
             given = self._traced.function(*prepared)
-        if self._device != "/CPU:0":
-            # A GPU is waited for by fetching what it gave.
-            return {name: tensor.numpy() for name, tensor in given.items()}
-        return given
+        # A GPU is waited for by fetching what it gave.
+        return {name: tensor.numpy() for name, tensor in given.items()}
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """Return outputs by name."""
@@ -110,11 +112,10 @@ class TFLiteRunner(Runner):
         try:
             with quiet(native=True):
                 self._interpreter = lite.Interpreter(**held, num_threads=options.threads)
-                signature = self._interpreter.get_signature_runner(SIGNATURE)
+                self._takes, self._gives = self._signature()
                 self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise ArtifactError(f"{where} cannot be opened by TFLite: {error}") from error
-        self._takes, self._gives = signature.get_input_details(), signature.get_output_details()
         wanted = {spec.name for spec in inputs}, {spec.name for spec in outputs}
         if (set(self._takes), set(self._gives)) != wanted:
             raise ArtifactError(
@@ -122,6 +123,11 @@ class TFLiteRunner(Runner):
                 f"manifest names {sorted(wanted[0])} and {sorted(wanted[1])}"
             )
         self._shapes = {name: tuple(int(n) for n in one["shape"]) for name, one in self._takes.items()}
+
+    def _signature(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        # The interpreter plans no memory while there is a runner of one of its signatures.
+        signature = self._interpreter.get_signature_runner(SIGNATURE)
+        return dict(signature.get_input_details()), dict(signature.get_output_details())
 
     def prepare(self, feeds: Feeds) -> dict[str, Array]:
         """Return arrays as the interpreter copies them."""
