@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hamerspace._imports import need
 from hamerspace.exceptions import BackendError
@@ -52,10 +53,10 @@ def export(source: ModelSource, target: Path) -> None:
     onnx.save(model, target)
 
 
-def _name_axes(value: object, source: ModelSource) -> None:
+def _name_axes(value: Any, source: ModelSource) -> None:
     """Give axes of any length the names that the info has for them, in place of tf2onnx's."""
     specs = {spec.name: spec for spec in (*source.info.inputs, *source.info.outputs)}
-    axes = value.type.tensor_type.shape.dim  # type: ignore[attr-defined]
+    axes = value.type.tensor_type.shape.dim
     for axis, length in zip(axes, specs[value.name].shape, strict=False):
         if isinstance(length, str):
             axis.dim_param = length

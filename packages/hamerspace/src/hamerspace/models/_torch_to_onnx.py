@@ -52,22 +52,19 @@ def _export_traced(model: Any, info: ModelInfo, feeds: dict[str, Any], target: P
     class Flat(torch.nn.Module):
         """The model with tensors by position in and a tuple of tensors out."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = body
-
         def forward(self, *tensors: Any) -> tuple[Any, ...]:
             if exported:
-                given = self.body(*tensors)
+                given = flat.body(*tensors)
             else:
-                given = call(self.body, info.form, names, dict(zip(names, tensors, strict=True)))
+                given = call(flat.body, info.form, names, dict(zip(names, tensors, strict=True)))
             return tuple(flatten_outputs(given)[1].values())
 
     free = tuple(
         {axis: length for axis, length in enumerate(spec.shape) if isinstance(length, str)}
         for spec in info.inputs
     )
-    flat = Flat()
+    flat: Any = Flat()
+    flat.body = body
     options: dict[str, Any] = {
         "dynamo": True,
         "input_names": names,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def read(model: Any, *, input_shape: Any = None, name: str | None = None) -> Mod
     else:
         raise ModelError(f"the model is {type(model).__name__}; a path or an onnx.ModelProto is wanted")
     info = describe(proto, name or (path.stem if path else proto.graph.name or "model"), input_shape)
-    info = ModelInfo(**{**vars(info), "path": str(path.resolve()) if path else None})
+    info = replace(info, path=str(path.resolve()) if path else None)
     source = ModelSource(info=info, model=None if path else model, path=path.resolve() if path else None)
     if has("onnxruntime"):
         _try_once(source)
