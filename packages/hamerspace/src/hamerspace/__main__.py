@@ -1,0 +1,5 @@
+"""``python -m hamerspace``."""
+
+from hamerspace.cli.main import main
+
+main()

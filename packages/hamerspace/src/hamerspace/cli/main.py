@@ -1,0 +1,341 @@
+"""``hamerspace optimize|benchmark|inspect|backends|report``.
+
+Exit codes: 0 is done (and all constraints met), 1 says that a constraint is violated or undecided or that the
+work failed, 2 that the command was misused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from hamerspace import __version__
+
+# As Any, because click's generics leave the types of the two partly unknown.
+option: Any = cast("Any", typer).Option
+argument: Any = cast("Any", typer).Argument
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Compress a model under constraints. Each candidate is built, reloaded and measured.",
+)
+
+_Model = Annotated[Path, argument(help=".pt, .pt2, .onnx, .keras, .h5, a SavedModel or transformers folder")]
+_Shape = Annotated[
+    list[str] | None,
+    option(
+        "--shape", help="an input's shape, as 1,3,224,224 or name=1,64; 'n' for any length; once an input"
+    ),
+]
+_Json = Annotated[bool, option("--json", help="print JSON on standard output")]
+_Pickle = Annotated[bool, option("--allow-pickle", help="read a pickled module, which can execute anything")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hamerspace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[bool, option("--version", callback=_version, is_eager=True, help="say which")] = False,
+    verbose: Annotated[bool, option("--verbose", "-v", help="say what is done")] = False,
+) -> None:
+    if verbose:
+        import logging
+
+        from hamerspace.utils import set_log_level
+
+        set_log_level(logging.DEBUG)
+
+
+@contextmanager
+def _told() -> Generator[None]:
+    """Turn errors of the package into a line on standard error and an exit code."""
+    from hamerspace.exceptions import BackendError, HamerspaceError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
+    except (HamerspaceError, ValueError, OSError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1 if isinstance(error, BackendError) else 2) from None
+
+
+def _shapes(given: list[str] | None) -> Any:
+    from hamerspace.exceptions import ConstraintError
+
+    if not given:
+        return None
+
+    def lengths(text: str) -> list[int | None]:
+        try:
+            return [
+                None if part.strip().lower() in ("n", "?", "none") else int(part) for part in text.split(",")
+            ]
+        except ValueError:
+            raise ConstraintError(f"--shape {text!r} is no shape; write it as 1,3,224,224") from None
+
+    if any("=" in one for one in given):
+        if not all("=" in one for one in given):
+            raise ConstraintError("either every --shape has a name or none has")
+        return {name: lengths(text) for name, _, text in (one.partition("=") for one in given)}
+    return [lengths(one) for one in given] if len(given) > 1 else lengths(given[0])
+
+
+def _open(path: Path, shape: list[str] | None, *, allow_pickle: bool) -> Any:
+    from hamerspace import Optimizer
+    from hamerspace.models.reading import framework_of
+
+    shapes = _shapes(shape)
+    framework = framework_of(path)
+    if framework == "pytorch":
+        return Optimizer.from_pytorch(path, shapes, allow_pickle=allow_pickle)
+    return (
+        Optimizer.from_tensorflow(path, shapes)
+        if framework == "tensorflow"
+        else Optimizer.from_onnx(path, shapes)
+    )
+
+
+def _print_json(data: Any) -> None:
+    from hamerspace.core.report import finite
+
+    typer.echo(json.dumps(finite(data), indent=1, default=str))
+
+
+@app.command()
+def optimize(
+    model: _Model,
+    output: Annotated[
+        Path, option("--output", "-o", help="where the model goes; its ending chooses the form")
+    ],
+    goal: Annotated[str, option(help="quantize, prune or auto")] = "auto",
+    shape: _Shape = None,
+    max_size: Annotated[float | None, option("--max-size-mb", help="MB of 2**20 bytes")] = None,
+    max_latency: Annotated[float | None, option("--max-latency-ms", help="median of a call")] = None,
+    max_drop: Annotated[
+        float | None, option("--max-accuracy-drop", help="0.02 is two points; wants labels in --data")
+    ] = None,
+    data: Annotated[
+        Path | None, option(help=".npz of inputs by name, with 'labels' if there are any")
+    ] = None,
+    hardware: Annotated[str, option(help="cpu, gpu, cuda, edge or arm")] = "cpu",
+    batch_size: Annotated[int, option(help="samples a call")] = 1,
+    calibration_samples: Annotated[int, option(help="samples for calibration, at most")] = 100,
+    backend: Annotated[list[str] | None, option("--backend", help="only these; may be repeated")] = None,
+    technique: Annotated[list[str] | None, option("--technique", help="only these; may be repeated")] = None,
+    time_limit: Annotated[float, option("--time-limit-s", help="for each step of a candidate")] = 600.0,
+    memory_limit: Annotated[float | None, option("--memory-limit-mb", help="for each process")] = None,
+    threads: Annotated[int, option(help="of each runtime")] = 1,
+    report: Annotated[Path | None, option(help=".txt, .md, .json or .html")] = None,
+    config: Annotated[Path | None, option(help="write what was done, to repeat it")] = None,
+    allow_pickle: _Pickle = False,
+    as_json: _Json = False,
+) -> None:
+    """Find the best form of MODEL that meets the constraints, and save it."""
+    from hamerspace import Constraints
+
+    with _told():
+        constraints = Constraints(
+            target_size_mb=max_size,
+            max_latency_ms=max_latency,
+            max_accuracy_drop=max_drop,
+            target_hardware=hardware,
+            batch_size=batch_size,
+            calibration_samples=calibration_samples,
+        )
+        result = _open(model, shape, allow_pickle=allow_pickle).optimize(
+            goal,
+            constraints,
+            validation_data=None if data is None else _read_data(data),
+            preferred_backends=backend or None,
+            techniques=technique or None,
+            time_limit_s=time_limit,
+            memory_limit_mb=memory_limit,
+            threads=threads,
+        )
+        result.save_model(output)
+        _optionally(report, result.save_report)
+        _optionally(config, result.save_config)
+    if as_json:
+        _print_json({"saved": str(output), **result.report.to_dict()})
+    else:
+        typer.echo(f"{result.report}\n\nsaved as {output}")
+    if not result.report.constraints_satisfied:
+        raise typer.Exit(1)
+
+
+def _optionally(path: Path | None, save: Callable[[Path], object]) -> None:
+    if path is not None:
+        save(path)
+
+
+def _read_data(path: Path) -> dict[str, Any]:
+    import zipfile
+
+    import numpy as np
+
+    from hamerspace.exceptions import ModelInputError
+
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            if isinstance(found, np.ndarray):
+                raise ModelInputError(f"{path} is one array; numpy.savez(path, input=array) names it")
+            return dict(found)
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ModelInputError(f"{path} cannot be read as .npz: {error}") from error
+
+
+@app.command()
+def benchmark(
+    model: Annotated[Path, argument(help="a model, or a folder that hamerspace saved")],
+    shape: _Shape = None,
+    hardware: Annotated[str, option(help="cpu, gpu, cuda, edge or arm")] = "cpu",
+    runs: Annotated[int, option(help="calls to time")] = 100,
+    batch_size: Annotated[int, option(help="samples a call")] = 1,
+    threads: Annotated[int, option(help="of the runtime")] = 1,
+    allow_pickle: _Pickle = False,
+    as_json: _Json = False,
+) -> None:
+    """Measure MODEL as it is: size, latency, throughput and memory, in a fresh process."""
+    from hamerspace.artifact import MANIFEST
+    from hamerspace.measure import Benchmarker
+
+    with _told():
+        if (model / MANIFEST).is_file():
+            found = Benchmarker(threads=threads).benchmark_model(
+                model, None, hardware, _shapes(shape), batch_size, runs
+            )
+        else:
+            optimizer = _open(model, shape, allow_pickle=allow_pickle)
+            found = optimizer.benchmark(hardware, runs, batch_size, threads=threads)
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    low, high = found.latency_interval_ms or (found.latency_ms, found.latency_ms)
+    typer.echo(
+        f"size        {found.size_mb:.2f} MB\n"
+        f"latency     {found.latency_ms:.3g} ms median (within {low:.3g} and {high:.3g}), "
+        f"{found.latency_p90_ms:.3g} ms 90%, {found.latency_p99_ms:.3g} ms 99%\n"
+        f"CPU time    {found.cpu_ms:.3g} ms a call\n"
+        f"throughput  {found.throughput:.4g} samples a second at {found.batch_size} a call\n"
+        f"memory      {found.memory_mb:.0f} MB at peak\n"
+        f"{found.runs} calls on this machine's {found.hardware}"
+    )
+
+
+@app.command()
+def inspect(
+    model: _Model, shape: _Shape = None, allow_pickle: _Pickle = False, as_json: _Json = False
+) -> None:
+    """Say what MODEL is, what it takes and gives, and what could be tried on it."""
+    from hamerspace import backend_names, get_backend
+    from hamerspace.exceptions import BackendError
+
+    with _told():
+        info = _open(model, shape, allow_pickle=allow_pickle).model_info
+        offers: dict[str, list[str] | str] = {}
+        for name in backend_names():
+            try:
+                backend = get_backend(name)
+            except BackendError as error:
+                offers[name] = str(error)
+                continue
+            verdict = backend.is_available() and backend.supports_model(info)
+            offers[name] = [one.technique for one in backend.candidates(info)] if verdict else verdict.reason
+    if as_json:
+        _print_json({**info.to_dict(), "candidates": offers})
+        return
+    typer.echo(
+        f"{info.name}: {info.framework}, {info.form}, {info.parameters:,} parameters, {info.size_mb:.2f} MB"
+    )
+    for title, specs in (("takes", info.inputs), ("gives", info.outputs)):
+        for spec in specs:
+            limit = f", below {spec.high}" if spec.high else ""
+            typer.echo(f"  {title} {spec.name}: {spec.dtype} {list(spec.shape)}{limit}")
+    for name, offered in offers.items():
+        typer.echo(f"  {name}: {', '.join(offered) if isinstance(offered, list) else offered}")
+
+
+@app.command()
+def backends(as_json: _Json = False) -> None:
+    """List the backends, which of them can be used here, and what installs the others."""
+    from hamerspace import backend_names, get_backend
+    from hamerspace.exceptions import BackendError
+
+    found: dict[str, dict[str, Any]] = {}
+    for name in backend_names():
+        try:
+            backend = get_backend(name)
+        except BackendError as error:
+            found[name] = {"available": False, "reason": str(error), "extra": ""}
+            continue
+        verdict = backend.is_available()
+        found[name] = {"available": verdict.yes, "reason": verdict.reason, "extra": backend.extra}
+    if as_json:
+        _print_json(found)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("backend", "", "", "extra"):
+        table.add_column(title, overflow="fold")
+    for name, one in found.items():
+        table.add_row(name, "yes" if one["available"] else "no", one["reason"], one["extra"])
+    console = Console()
+    if not sys.stdout.isatty():
+        console.width = 160
+    console.print(table, markup=False)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, argument(help="a report that was saved as .json")],
+    output: Annotated[Path | None, option("--output", "-o", help=".html; else a table is printed")] = None,
+) -> None:
+    """Show a saved report, or make a page of it."""
+    from hamerspace.artifact import read_json, replacing
+    from hamerspace.core._page import page
+    from hamerspace.exceptions import ArtifactError
+
+    with _told():
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no report at {path}")
+        data = read_json(path)
+        if not isinstance(data, dict) or "optimized_metrics" not in data:
+            raise ArtifactError(f"{path} is no report of hamerspace")
+        try:
+            made = page(data)  # pyright: ignore[reportUnknownArgumentType]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}") from error
+        if output is not None:
+            with replacing(output) as temporary:
+                temporary.write_text(made, encoding="utf-8")
+            typer.echo(f"written to {output}")
+            return
+        from hamerspace.core.report import report_from_dict
+
+        typer.echo(str(report_from_dict(data)))
+
+
+def main() -> None:
+    """Run the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

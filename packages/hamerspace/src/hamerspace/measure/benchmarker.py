@@ -1,0 +1,155 @@
+"""`Benchmarker`: size, latency, throughput and memory of one model."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hamerspace.artifact import MANIFEST, list_files
+from hamerspace.exceptions import ConstraintError
+from hamerspace.measure.comparison import metrics, one_round
+from hamerspace.measure.metrics import ModelMetrics
+from hamerspace.measure.statistics import Round
+from hamerspace.measure.worker import Worker
+from hamerspace.models.info import ModelInfo, shapes_of
+from hamerspace.models.source import ModelSource
+from hamerspace.runtimes.base import RunOptions
+
+HARDWARE = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "edge": "cpu", "arm": "cpu"}
+"""What is measured on for a target; ``edge`` and ``arm`` are measured on this machine's processor."""
+
+
+def hardware_of(target: str) -> str:
+    """Say what is measured on: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConstraintError: the target is not known.
+    """
+    found = HARDWARE.get(str(target).lower())
+    if found is None:
+        raise ConstraintError(f"target_hardware is {target!r}; it may be {', '.join(HARDWARE)}")
+    return found
+
+
+class Benchmarker:
+    """Measures models, each in a fresh process.
+
+    Args:
+        threads: of the model's runtime; 1 makes CPU time comparable from run to run.
+        time_limit_s: for each step.
+        memory_limit_mb: of the process.
+    """
+
+    def __init__(
+        self, *, threads: int = 1, time_limit_s: float | None = 600.0, memory_limit_mb: float | None = None
+    ) -> None:
+        self.threads = threads
+        self.time_limit_s = time_limit_s
+        self.memory_limit_mb = memory_limit_mb
+
+    def benchmark_model(
+        self,
+        model: Any,
+        model_info: ModelInfo | None = None,
+        target_hardware: str = "cpu",
+        input_shape: Any = None,
+        batch_size: int = 1,
+        num_runs: int = 100,
+    ) -> ModelMetrics:
+        """Measure a model on random inputs.
+
+        Args:
+            model: a model of torch or Keras, a path to a model of any framework, or a folder that hamerspace
+                saved.
+            model_info: what `Optimizer` found out; may be left out for a path, and for a module of torch with
+                ``input_shape``.
+            target_hardware: ``cpu``, ``gpu`` (the same as ``cuda``), ``edge`` or ``arm``; the last two are
+                measured on this machine's processor.
+            input_shape: in place of the model's own; see `Optimizer.from_pytorch`.
+            batch_size: samples a call, where the model takes any number or its shape says so.
+            num_runs: calls that are timed, at the least.
+
+        Raises:
+            ConstraintError: an argument is out of range.
+            ModelError, ModelNotFoundError: it is no model.
+            WorkerError: the model fails, crashes, or takes too long.
+        """
+        check_positive("batch_size", batch_size)
+        check_positive("num_runs", num_runs)
+        hardware = hardware_of(target_hardware)
+        options = RunOptions(device=hardware, threads=self.threads)
+        with tempfile.TemporaryDirectory(prefix="hamerspace-") as room:
+            folder = Path(room)
+            with self._worker(folder, hardware) as worker:
+                saved = Path(model) if isinstance(model, (str, Path)) else None
+                if saved is not None and (saved / MANIFEST).is_file():
+                    from hamerspace.artifact import read_manifest
+
+                    manifest = read_manifest(saved)
+                    info = ModelInfo(framework="onnx", name=saved.name, inputs=manifest.inputs)
+                    worker.call("open_artifact", str(saved), options, info)
+                    size_bytes = sum(size for size, _ in list_files(saved).values())
+                else:
+                    source = self._source(model, model_info, input_shape)
+                    info = reshaped(source.info, input_shape).with_batch(batch_size)
+                    source = replace(source, info=info).stage(folder)
+                    worker.call("open_original", source, options)
+                    size_bytes = info.size_bytes
+                feeds = info.draw(batch_size)
+                calls = worker.call("prepare", feeds)
+                rounds: list[Round] = []
+                while len(rounds) < 5 or sum(len(one.wall_s) for one in rounds) < num_runs:
+                    rounds.append(one_round(worker, min(calls, max(1, num_runs // 5))))
+                return metrics(
+                    rounds,
+                    size_bytes=size_bytes,
+                    batch_size=next((len(array) for array in feeds.values() if array.ndim), 1),
+                    hardware=hardware,
+                    accuracy=None,
+                    memory_mb=worker.call("peak_mb"),
+                )
+
+    def _worker(self, folder: Path, hardware: str) -> Worker:
+        return Worker(
+            folder / "log.txt",
+            threads=self.threads,
+            device=hardware,
+            time_limit_s=self.time_limit_s,
+            memory_limit_mb=self.memory_limit_mb,
+        )
+
+    def _source(self, model: Any, info: ModelInfo | None, input_shape: Any) -> ModelSource:
+        if info is None and not isinstance(model, (str, Path, ModelSource)):
+            from hamerspace.models import pytorch
+
+            return pytorch.read(model, input_shape=input_shape)
+        return ModelSource.of(model, info)
+
+
+def reshaped(info: ModelInfo, input_shape: Any) -> ModelInfo:
+    """Return the model with shapes given anew, if they are.
+
+    Raises:
+        ConstraintError: there are more or fewer shapes than inputs.
+    """
+    shapes = shapes_of(input_shape, [spec.name for spec in info.inputs])
+    if shapes is None:
+        return info
+    if len(shapes) != len(info.inputs):
+        raise ConstraintError(
+            f"input_shape has {len(shapes)} shapes, and the model takes {[one.name for one in info.inputs]}"
+        )
+    inputs = tuple(replace(spec, shape=shape) for spec, shape in zip(info.inputs, shapes, strict=True))
+    return replace(info, inputs=inputs)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless it is an integer above 0.
+
+    Raises:
+        ConstraintError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConstraintError(f"{name} is {value!r}; it is an integer above 0")

@@ -1,0 +1,68 @@
+"""Saves an artifact under a name whose ending chooses the form."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from hamerspace.artifact import (
+    MANIFEST,
+    SIDECAR,
+    Manifest,
+    archive,
+    copy_files,
+    read_manifest,
+    replacing,
+    write_json,
+)
+from hamerspace.exceptions import UnsupportedError
+
+
+def save_artifact(folder: Path, manifest: Manifest, path: Path) -> Path:
+    """Copy an artifact to ``path``.
+
+    A name without an ending is a folder, which every artifact can be. ``.pt`` is one file for every artifact:
+    TorchScript where it is that, else a zip of the folder, which only `hamerspace.load` opens. Other endings
+    (``.pt2``, ``.onnx``, ``.xml``, ``.tflite``, ``.so``, ...) are the runtime's own files, with a small
+    ``<name>.hamerspace.json`` beside them that says what the model takes.
+
+    Raises:
+        UnsupportedError: the artifact cannot have this form; the message lists those that it can have.
+        FileExistsError: ``path`` is a folder that hamerspace did not write.
+    """
+    ending = path.suffix.lower()
+    if not ending or path.is_dir():
+        return _save_folder(folder, path)
+    names = manifest.forms.get(ending)
+    if names is None and ending == ".pt":
+        archive(folder, path)
+        return path
+    if names is None:
+        able = ", ".join(sorted({*manifest.forms, ".pt"}))
+        raise UnsupportedError(
+            f"{manifest.backend}/{manifest.technique} runs in {manifest.runtime} and cannot be saved as "
+            f"{ending!r}; it can be {able} (.pt for hamerspace.load alone), or a folder (no ending)"
+        )
+    targets = [
+        path.with_name(path.stem + Path(name).suffix) if place else path for place, name in enumerate(names)
+    ]
+    copy_files(folder, names, targets)
+    files: Mapping[str, tuple[int, str]] = {
+        target.name: manifest.files[name] for name, target in zip(names, targets, strict=True)
+    }
+    alone = replace(
+        manifest, main=path.name, files=files, forms={ending: tuple(target.name for target in targets)}
+    )
+    write_json(path.with_name(path.name + SIDECAR), alone.to_dict())
+    return path
+
+
+def _save_folder(folder: Path, path: Path) -> Path:
+    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
+        raise FileExistsError(f"{path} is a folder with other files in it; give another name")
+    read_manifest(folder)
+    with replacing(path) as temporary:
+        shutil.copytree(folder, temporary)
+    return path

@@ -1,0 +1,168 @@
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from hamerspace import TensorSpec
+from hamerspace.artifact import (
+    MANIFEST,
+    SIDECAR,
+    Manifest,
+    archive,
+    inside,
+    is_archive,
+    list_files,
+    manifest_from_dict,
+    read_manifest,
+    replacing,
+    unpack,
+    write_json,
+)
+from hamerspace.exceptions import ArtifactError, UnsupportedError
+from hamerspace.saving import save_artifact
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def made(folder: Path) -> Manifest:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.xml").write_text("graph")
+    (folder / "model.bin").write_bytes(b"weights")
+    manifest = Manifest(
+        backend="openvino",
+        technique="int8",
+        runtime="openvino",
+        main="model.xml",
+        inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", 3)),),
+        outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 1)),),
+        forms={".xml": ("model.xml", "model.bin")},
+        files=list_files(folder),
+    )
+    write_json(folder / MANIFEST, manifest.to_dict())
+    return manifest
+
+
+def test_a_manifest_and_back(tmp_path: Path) -> None:
+    manifest = made(tmp_path)
+    assert read_manifest(tmp_path) == manifest
+    assert manifest.size_bytes == len("graph") + len(b"weights")
+
+
+def test_changed_and_missing_files_are_named(tmp_path: Path) -> None:
+    made(tmp_path)
+    (tmp_path / "model.bin").write_bytes(b"WEIGHTS")
+    with pytest.raises(ArtifactError, match=r"model\.bin is damaged"):
+        read_manifest(tmp_path)
+    (tmp_path / "model.bin").unlink()
+    with pytest.raises(ArtifactError, match=r"model\.bin is missing"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\\..\\x", "", "a\0b"])
+def test_no_name_leads_out_of_the_folder(name: str) -> None:
+    with pytest.raises(ArtifactError, match="out of its folder"):
+        inside(Path("/somewhere"), name, "the manifest")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+    )
+)
+def test_whatever_json_says_is_refused_cleanly(data: object) -> None:
+    with pytest.raises(ArtifactError):
+        manifest_from_dict(data, "here")
+
+
+def test_damaged_manifests(tmp_path: Path) -> None:
+    manifest = made(tmp_path).to_dict()
+    with pytest.raises(ArtifactError, match="newer"):
+        manifest_from_dict({**manifest, "format": 2}, "here")
+    with pytest.raises(ArtifactError, match="damaged"):
+        manifest_from_dict({**manifest, "files": 3}, "here")
+    with pytest.raises(ArtifactError, match="out of its folder"):
+        manifest_from_dict({**manifest, "main": "../model.xml"}, "here")
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(ArtifactError, match="no JSON"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    with pytest.raises(ArtifactError, match=MANIFEST):
+        read_manifest(tmp_path)
+
+
+def test_the_ending_chooses_the_form(tmp_path: Path) -> None:
+    manifest = made(tmp_path / "made")
+    save_artifact(tmp_path / "made", manifest, tmp_path / "small.xml")
+    assert (tmp_path / "small.bin").read_bytes() == b"weights"
+    beside = json.loads((tmp_path / f"small.xml{SIDECAR}").read_text())
+    assert (beside["main"], set(beside["files"])) == ("small.xml", {"small.xml", "small.bin"})
+    save_artifact(tmp_path / "made", manifest, tmp_path / "folder")
+    assert read_manifest(tmp_path / "folder") == manifest
+    save_artifact(tmp_path / "made", manifest, tmp_path / "small.pt")
+    assert is_archive(tmp_path / "small.pt")
+    with pytest.raises(UnsupportedError, match=r"\.pt, \.xml"):
+        save_artifact(tmp_path / "made", manifest, tmp_path / "small.onnx")
+    assert not list(tmp_path.glob(".*")), "nothing temporary is left"
+
+
+def test_a_folder_of_someone_elses_is_left_alone(tmp_path: Path) -> None:
+    manifest = made(tmp_path / "made")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(FileExistsError, match="mine"):
+        save_artifact(tmp_path / "made", manifest, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+
+
+def test_saving_again_replaces_an_artifact(tmp_path: Path) -> None:
+    manifest = made(tmp_path / "made")
+    for _ in range(2):
+        save_artifact(tmp_path / "made", manifest, tmp_path / "folder")
+    assert read_manifest(tmp_path / "folder") == manifest
+
+
+def test_an_archive_and_back(tmp_path: Path) -> None:
+    manifest = made(tmp_path / "made")
+    archive(tmp_path / "made", tmp_path / "model.pt")
+    (tmp_path / "out").mkdir()
+    unpack(tmp_path / "model.pt", tmp_path / "out")
+    assert read_manifest(tmp_path / "out") == manifest
+
+
+def test_an_archive_writes_nothing_outside(tmp_path: Path) -> None:
+    manifest = made(tmp_path / "made").to_dict()
+    manifest["files"] = {"../evil": (4, "0" * 64)}
+    with zipfile.ZipFile(tmp_path / "evil.pt", "w") as target:
+        target.writestr(MANIFEST, json.dumps(manifest))
+        target.writestr("../evil", "evil")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ArtifactError, match="out of its folder"):
+        unpack(tmp_path / "evil.pt", tmp_path / "out")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_truncated_archive_is_damaged(tmp_path: Path) -> None:
+    made(tmp_path / "made")
+    archive(tmp_path / "made", tmp_path / "model.pt")
+    whole = (tmp_path / "model.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    assert not is_archive(tmp_path / "cut.pt")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ArtifactError, match="damaged"):
+        unpack(tmp_path / "cut.pt", tmp_path / "out")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "model.onnx"
+    target.write_text("old")
+
+    def fail() -> None:
+        with replacing(target) as temporary:
+            temporary.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
