@@ -108,14 +108,13 @@ def _custom_names(config: Any) -> Iterator[str]:
 
 
 def is_standard(model: Any) -> bool:
-    """Whether a file of the model can be read anywhere: all layers are Keras's own, and none is a Lambda."""
+    """Whether a file of the model can be read anywhere: it is made of Keras's own parts, and of no code."""
     library = keras()
-    known = (library.Sequential, library.src.models.functional.Functional)
-    if type(model) not in known or not model.built:
+    if type(model) not in (library.Sequential, library.src.models.functional.Functional):
         return False
-    return all(
-        type(layer).__module__.partition(".")[0] == "keras"
-        and not isinstance(layer, library.layers.Lambda)
-        and (not isinstance(layer, library.Model) or type(layer) in known)
-        for layer in model._flatten_layers(include_self=False)
-    )
+    try:
+        config = json.loads(model.to_json())
+    except (TypeError, ValueError, NotImplementedError):  # a part that cannot be described
+        return False
+    foreign = any(one["class_name"] in (*_CODE, "function") for one in _objects(config))
+    return not foreign and not any(_custom_names(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -125,10 +126,13 @@ def named_tensors(value: Any, names: Sequence[str] | None) -> tuple[Structure, d
     Raises:
         TypeError: it holds what is no tensor.
     """
-    tf = tensorflow()
+    tf, kind = tensorflow(), type(value).__name__
     if isinstance(value, Mapping):
         pairs = cast("Mapping[Any, Any]", value)
-        structure, found = "dict", {str(name): one for name, one in pairs.items()}
+        structure, found = (
+            "dict",
+            dict(zip(unique([str(name) for name in pairs]), pairs.values(), strict=True)),
+        )
     elif isinstance(value, (list, tuple)):
         values = list(cast("Sequence[Any]", value))
         usable = names if names is not None and len(names) == len(values) else None
@@ -138,10 +142,23 @@ def named_tensors(value: Any, names: Sequence[str] | None) -> tuple[Structure, d
         structure, found = "tensor", {names[0] if names and len(names) == 1 else "output": value}
     tensors: list[Any] = list(found.values())
     if not tensors or not all(tf.is_tensor(one) and isinstance(one, tf.Tensor) for one in tensors):
-        raise TypeError(f"it gives {type(value).__name__}, which holds other things than dense tensors")
+        raise TypeError(f"it gives {kind}, which holds other things than dense tensors")
     if structure == "dict" and names is not None and set(names) == set(found):
         found = {name: found[name] for name in names}
     return structure, found  # pyright: ignore[reportReturnType]
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Return names that every format takes: letters, digits and underscores, each name once."""
+    found: list[str] = []
+    for name in names:
+        plain = re.sub(r"\W", "_", name, flags=re.ASCII)
+        plain = f"_{plain}" if not plain or plain[0].isdigit() else plain
+        place = 1
+        while (candidate := plain if place == 1 else f"{plain}_{place}") in found:
+            place += 1
+        found.append(candidate)
+    return found
 
 
 def free_shape(spec: TensorSpec) -> tuple[int | None, ...]:

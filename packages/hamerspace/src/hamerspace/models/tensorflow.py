@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import re
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +24,10 @@ from hamerspace.models._tensorflow_graph import (
     first_line,
     frozen,
     trace,
+    unique,
     vocabularies,
 )
-from hamerspace.models.info import Array, ModelInfo, Structure, TensorSpec, count, shapes_of
+from hamerspace.models.info import Array, ModelInfo, Structure, TensorSpec, shapes_of
 from hamerspace.models.reading import check_exists
 from hamerspace.models.source import ModelSource
 from hamerspace.runtimes._tensorflow_library import keras, tensorflow
@@ -126,7 +127,12 @@ def traced_of(source: ModelSource) -> Traced:
     Raises:
         ModelError: the model does not take inputs of these shapes.
     """
-    return trace_model(source.load(), source.info.inputs, source.info.outputs, source.info.structure)
+    model, info = source.load(), source.info
+    if info.form == "saved_model" and not isinstance(model, Endpoint):
+        drawn = info.draw(1)
+        by_place = [spec.name for spec in info.inputs] == _places(len(info.inputs))
+        model = _opened(model, None, tuple(drawn.values()) if by_place else drawn)[0]
+    return trace_model(model, info.inputs, info.outputs, info.structure)
 
 
 def trace_model(
@@ -260,7 +266,7 @@ def _subclassed(
             f"what {type(model).__name__} takes cannot be told from the model; give input_shape or "
             "example_inputs"
         )
-    names = keys or ["input" if not place else f"input_{place}" for place in range(len(shapes))]
+    names = keys or _places(len(shapes))
     specs = tuple(
         _spec(name, dtype, shape) for name, dtype, shape in zip(unique(names), dtypes, shapes, strict=True)
     )
@@ -339,7 +345,12 @@ def _arrays(example_inputs: Any) -> dict[str, Array]:
         return {str(name): as_array(value) for name, value in pairs.items()}
     several = isinstance(example_inputs, (tuple, list))
     values = cast("Sequence[Any]", example_inputs if several else (example_inputs,))
-    return {f"input_{place}" if place else "input": as_array(value) for place, value in enumerate(values)}
+    return dict(zip(_places(len(values)), map(as_array, values), strict=True))
+
+
+def _places(number: int) -> list[str]:
+    """Names of inputs that have none."""
+    return [f"input_{place}" if place else "input" for place in range(number)]
 
 
 def _output_names(model: Any) -> list[str] | None:
@@ -347,19 +358,6 @@ def _output_names(model: Any) -> list[str] | None:
     if names is None and isinstance(model, keras().Sequential):
         names = [model.layers[-1].name]
     return unique(names) if names else None
-
-
-def unique(names: Sequence[str]) -> list[str]:
-    """Return names that every format takes: letters, digits and underscores, each name once."""
-    found: list[str] = []
-    for name in names:
-        plain = re.sub(r"\W", "_", name, flags=re.ASCII)
-        plain = f"_{plain}" if not plain or plain[0].isdigit() else plain
-        place = 1
-        while (candidate := plain if place == 1 else f"{plain}_{place}") in found:
-            place += 1
-        found.append(candidate)
-    return found
 
 
 def _name_of(model: Any) -> str:
@@ -377,11 +375,11 @@ def _weights(model: Any, inlined: Any) -> tuple[int, int]:
     """Count weights and their bytes: a Keras model's own, else the numbers in a frozen graph."""
     tf = tensorflow()
     if not isinstance(model, Endpoint):
-        counts = [(count(tuple(one.shape)), tf.as_dtype(one.dtype).size) for one in model.weights]
+        counts = [(math.prod(one.shape), tf.as_dtype(one.dtype).size) for one in model.weights]
     else:
         outputs = [op.outputs[0] for op in inlined.graph.get_operations() if op.type == "Const"]
         counts = [
-            (count(tuple(one.shape)), one.dtype.size)
+            (math.prod(one.shape), one.dtype.size)
             for one in outputs
             if one.shape.rank and (one.dtype.is_floating or one.dtype in (tf.int8, tf.uint8))
         ]
