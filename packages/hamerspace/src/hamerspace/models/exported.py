@@ -1,0 +1,173 @@
+"""Reading archives of torch.export without executing what may be hidden in them.
+
+``torch.export.load`` trusts its file: an archive can ask for tensors to be unpickled, name any function of
+Python's that torch can reach, and hold expressions that are evaluated as Python. So the archive is looked
+through first, by the reader that torch uses itself, and what a saved model has no need of is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from hamerspace._imports import need
+from hamerspace.exceptions import ModelError, UnsafeModelError
+
+_TARGET: Final = re.compile(
+    r"torch\.ops\.[A-Za-z_]\w*\.[A-Za-z_]\w*(\.\w+)?"
+    r"|_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|getitem|pos|not_)"
+    r"|torch\.(sym_int|sym_float|sym_max|sym_min|sym_not|sym_ite|sym_sum|_sym_sqrt)"
+    r"|math\.(ceil|floor|trunc)"
+)
+_NAME: Final = re.compile(r"[\w.$]*", re.ASCII)
+_WORD: Final = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_EXPRESSION: Final = re.compile(r"[\w\s.,()+\-*/%<>=!&|~']*", re.ASCII)
+_SYMBOL: Final = re.compile(r"[a-z]{1,3}\d+", re.ASCII)
+_FUNCTIONS: Final = frozenset(
+    [
+        "Abs",
+        "And",
+        "CeilDiv",
+        "CeilToInt",
+        "CleanDiv",
+        "Eq",
+        "FloatPow",
+        "FloatTrueDiv",
+        "FloorDiv",
+        "FloorToInt",
+        "Ge",
+        "Gt",
+        "Identity",
+        "IntTrueDiv",
+        "Le",
+        "LShift",
+        "Lt",
+        "Max",
+        "Min",
+        "Mod",
+        "ModularIndexing",
+        "Ne",
+        "Not",
+        "Or",
+        "PowByNatural",
+        "PythonMod",
+        "RoundToInt",
+        "RShift",
+        "ToFloat",
+        "TruncToFloat",
+        "TruncToInt",
+        "Where",
+        "ceiling",
+        "floor",
+        "int_oo",
+        "oo",
+        "sqrt",
+        "True",
+        "False",
+    ]
+)
+
+
+def load_exported(path: Path) -> Any:
+    """Read an exported program.
+
+    Raises:
+        UnsafeModelError: the archive would execute something when it is read or run.
+        ModelError: it cannot be read, or needs operators that are not there.
+    """
+    try:
+        _look_through(path)
+        with _tensors_only(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Not torch.export.load, which falls back to an older format that was not looked through.
+            (program,) = (
+                need("torch.export.pt2_archive._package").load_pt2(str(path)).exported_programs.values()
+            )
+    except UnsafeModelError:
+        raise
+    except Exception as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{path} cannot be read as a torch.export archive: {first}") from error
+    for node in program.graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, str):
+            raise ModelError(
+                f"{path} needs the operator {node.target}, which is not there; import what brings it"
+            )
+    # Strings that `module()` would execute as Python; hamerspace checks shapes of its own.
+    program._guards_code = []
+    return program
+
+
+def _look_through(path: Path) -> None:
+    torch = need("torch")
+    reader = torch._C.PyTorchFileReader(str(path))
+    names: list[str] = list(reader.get_all_records())
+    for name in names:
+        if name.startswith(("data/weights/", "data/constants/")) and name.endswith("_config.json"):
+            _check_payload(json.loads(reader.get_record(name)), f"{path}:{name}")
+        elif name.startswith("models/"):
+            _check_program(json.loads(reader.get_record(name)), f"{path}:{name}")
+        elif name.startswith("data/aotinductor/"):
+            raise ModelError("it holds compiled code of AOTInductor")
+
+
+def _check_payload(data: Any, where: str) -> None:
+    for name, entry in data.get("config", {}).items():
+        if str(entry["path_name"]).startswith(("custom_obj_", "opaque_obj_")):
+            raise UnsafeModelError(f"{where} holds {name} as a pickled object; save the model without it")
+
+
+def _check_program(data: Any, where: str) -> None:
+    for key, value in _strings(data):
+        if key in ("target", "as_operator"):
+            fits = _TARGET.fullmatch(value) is not None
+        elif key == "expr_str":
+            fits = _EXPRESSION.fullmatch(value) is not None and all(
+                word in _FUNCTIONS or _SYMBOL.fullmatch(word) for word in _WORD.findall(value)
+            )
+        else:
+            fits = _NAME.fullmatch(value) is not None
+        if not fits:
+            raise UnsafeModelError(
+                f"{where} has {value[:80]!r} as a {key}, which a saved model has no need of"
+            )
+
+
+def _strings(data: Any) -> Iterator[tuple[str, str]]:
+    """Every string that becomes code: targets, expressions, names of values and arguments."""
+    if isinstance(data, list):
+        for one in data:  # pyright: ignore[reportUnknownVariableType]
+            yield from _strings(one)
+    elif isinstance(data, dict):
+        for key, value in data.items():  # pyright: ignore[reportUnknownVariableType]
+            if key == "metadata":
+                continue
+            if key in ("target", "as_operator", "expr_str", "name") and isinstance(value, str):
+                yield str(key), value  # pyright: ignore[reportUnknownArgumentType]
+            elif key in ("range_constraints", "tensor_values", "sym_int_values", "sym_bool_values"):
+                for name in value:  # pyright: ignore[reportUnknownVariableType]
+                    yield "name", str(name)  # pyright: ignore[reportUnknownArgumentType]
+                yield from _strings(value)
+            else:
+                yield from _strings(value)
+
+
+@contextmanager
+def _tensors_only() -> Generator[None, None, None]:
+    """Have every ``torch.load`` refuse what is no tensor, those inside of torch as well."""
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
