@@ -48,4 +48,8 @@ def in_half(model: Any) -> Any:
     """Return a model that calculates in float16; inputs and outputs keep their dtypes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return need("onnxruntime.transformers.float16").convert_float_to_float16(model, keep_io_types=True)
+        half = need("onnxruntime.transformers.float16").convert_float_to_float16(model, keep_io_types=True)
+        # It appends the casts of inputs and outputs, and the standard wants nodes in order.
+        held = need("onnxruntime.transformers.onnx_model").OnnxModel(half)
+        held.topological_sort()
+        return held.model

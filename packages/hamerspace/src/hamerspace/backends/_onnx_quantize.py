@@ -43,7 +43,7 @@ def quantize_dynamic(model: Any, *, reduce_range: bool = False) -> Any:
             per_channel=True,
             reduce_range=reduce_range,
             weight_type=tools.QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},
+            extra_options={"MatMulConstBOnly": True, **_float_where_unknown()},
         )
 
     made = _through_files(model, run)
@@ -103,6 +103,7 @@ def quantize_static(
             activation_type=tools.QuantType.QUInt8,
             weight_type=tools.QuantType.QInt8,
             calibrate_method=getattr(tools.CalibrationMethod, METHODS[method]),
+            extra_options=_float_where_unknown(),
         )
 
     made = _through_files(model, run)
@@ -139,6 +140,11 @@ def quantize_weights(model: Any, *, bits: int, block_size: int) -> Any:
         )
         quantizer.process()
     return quantizer.model.model
+
+
+def _float_where_unknown() -> dict[str, Any]:
+    """Let tensors count as float32 past operators of ONNX Runtime's own, for which no shapes are inferred."""
+    return {"DefaultTensorType": onnx.element_types().FLOAT}
 
 
 def _product_rows(model: Any) -> list[int]:

@@ -165,7 +165,9 @@ def describe(model: Any, name: str, input_shape: Any = None) -> ModelInfo:
         inputs = _with_shapes(inputs, input_shape)
     # Integers of these widths are shapes and indices, not weights.
     weights = [
-        one for one in tensors_of(graph) if one.data_type not in (model_types().INT64, model_types().INT32)
+        one
+        for one in tensors_of(graph)
+        if one.data_type not in (element_types().INT64, element_types().INT32)
     ]
     return ModelInfo(
         framework="onnx",
@@ -179,7 +181,7 @@ def describe(model: Any, name: str, input_shape: Any = None) -> ModelInfo:
     )
 
 
-def model_types() -> Any:
+def element_types() -> Any:
     """ONNX's enumeration of element types."""
     return need("onnx").TensorProto
 
