@@ -29,49 +29,21 @@ _NAME: Final = re.compile(r"[\w.$]*", re.ASCII)
 _WORD: Final = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _EXPRESSION: Final = re.compile(r"[\w\s.,()+\-*/%<>=!&|~']*", re.ASCII)
 _SYMBOL: Final = re.compile(r"[a-z]{1,3}\d+", re.ASCII)
+# fmt: off
 _FUNCTIONS: Final = frozenset(
-    [
-        "Abs",
-        "And",
-        "CeilDiv",
-        "CeilToInt",
-        "CleanDiv",
-        "Eq",
-        "FloatPow",
-        "FloatTrueDiv",
-        "FloorDiv",
-        "FloorToInt",
-        "Ge",
-        "Gt",
-        "Identity",
-        "IntTrueDiv",
-        "Le",
-        "LShift",
-        "Lt",
-        "Max",
-        "Min",
-        "Mod",
-        "ModularIndexing",
-        "Ne",
-        "Not",
-        "Or",
-        "PowByNatural",
-        "PythonMod",
-        "RoundToInt",
-        "RShift",
-        "ToFloat",
-        "TruncToFloat",
-        "TruncToInt",
-        "Where",
-        "ceiling",
-        "floor",
-        "int_oo",
-        "oo",
-        "sqrt",
-        "True",
-        "False",
-    ]
+    (
+        "Abs", "Add", "And", "BooleanFalse", "BooleanTrue", "CeilDiv", "CeilToInt", "CleanDiv", "Eq",
+        "Equality", "Float", "FloatPow", "FloatTrueDiv", "FloorDiv", "FloorToInt", "Ge", "GreaterThan",
+        "Gt", "Half", "Identity", "Infinity", "IntTrueDiv", "Integer", "LShift", "Le", "LessThan", "Lt",
+        "Max", "Min", "Mod", "ModularIndexing", "Mul", "Ne", "NegativeInfinity", "NegativeOne", "Not",
+        "One", "Or", "Pow", "PowByNatural", "PythonMod", "RShift", "Rational", "RoundToInt",
+        "StrictGreaterThan", "StrictLessThan", "Symbol", "ToFloat", "TruncToFloat", "TruncToInt",
+        "Unequality", "Where", "Zero", "ceiling", "false", "finite", "floor", "int_oo", "integer",
+        "negative", "nonnegative", "nonzero", "oo", "positive", "precision", "real", "sqrt", "true",
+        "False", "True",
+    )
 )
+# fmt: on
 
 
 def load_exported(path: Path) -> Any:

@@ -1,0 +1,63 @@
+"""AOTInductor: an exported program compiled into native code of one device."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hamerspace._imports import need
+from hamerspace.backends._pytorch_export import quiet
+from hamerspace.exceptions import BackendError
+
+
+def why_no_compiler() -> str | None:
+    """Say what is missing for AOTInductor on the CPU, or None."""
+    wanted = os.environ.get("CXX", "g++")
+    if shutil.which(wanted) is None:
+        return f"AOTInductor compiles C++, and there is no {wanted}; install g++ or name a compiler in CXX"
+    return None
+
+
+def compile_package(program: Any, path: Path, *, threads: int, work: Path) -> None:
+    """Compile an exported program and write it as a package.
+
+    Args:
+        program: what torch.export gave.
+        path: ends in ``.pt2``.
+        threads: of the code; inductor writes their number into it.
+        work: a folder for the compiler's own files, such as precompiled headers, which later calls use again.
+
+    Raises:
+        BackendError: there is no compiler, or it failed.
+    """
+    torch = need("torch")
+    if missing := why_no_compiler():
+        raise BackendError(missing)
+    # Weights become part of the code, so that they are packed for int8 kernels when it is compiled.
+    options = {"freezing": True, "cpp.threads": threads}
+    try:
+        with _cache_in(work), quiet(), torch.no_grad():
+            need("torch._inductor").aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=options
+            )
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise BackendError(f"AOTInductor failed: {first[0]}") from error
+
+
+@contextmanager
+def _cache_in(folder: Path) -> Generator[None, None, None]:
+    key = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(key)
+    os.environ[key] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before

@@ -1,0 +1,355 @@
+"""The backend of PyTorch's own tools: torch.export, AOTInductor, TorchScript, torchao and ``torch.ao``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from hamerspace._imports import need
+from hamerspace.artifact import Manifest
+from hamerspace.backends._pytorch_compile import compile_package
+from hamerspace.backends._pytorch_export import (
+    Converted,
+    export,
+    freeze,
+    save_exported,
+    save_torchscript,
+    trace,
+)
+from hamerspace.backends._pytorch_prune import prune_in_place
+from hamerspace.backends._pytorch_quantize import (
+    by_pt2e,
+    dynamic_in_place,
+    fuse_for_x86,
+    has_torch_ao,
+    static_by_fx,
+    weights_in_place,
+)
+from hamerspace.backends._pytorch_signature import (
+    calibration_tensors,
+    own_model,
+    positional,
+    tensors_of,
+    with_lengths,
+)
+from hamerspace.backends.base import BaseBackend, BuildContext, Built, Candidate, Verdict
+from hamerspace.exceptions import BackendUnavailableError, UnsupportedError
+from hamerspace.models.info import DEFAULT_LENGTH, ModelInfo
+from hamerspace.runtimes.base import Runner, RunOptions
+from hamerspace.runtimes.torch import PositionalRunner, open_runner
+
+EXPORTED: Final = "model.pt2"
+SCRIPT: Final = "model.pt"
+
+_COMPILED_INT8_TOLERANCE: Final = 0.08
+"""Fused int8 kernels round once where the graph of quantise and dequantise nodes rounds twice."""
+
+_ALL: Final = ("module", "transformers", "exported", "torchscript")
+_GRAPHS: Final = ("module", "transformers", "exported")
+_MODULES: Final = ("module", "transformers")
+
+_TECHNIQUES: Final[tuple[tuple[Candidate, tuple[str, ...], tuple[str, ...]], ...]] = (
+    (
+        Candidate(
+            backend="pytorch",
+            technique="int8-static-compiled",
+            goal="quantize",
+            description="int8 weights and activations, calibrated by PT2E and compiled by AOTInductor",
+            needs_calibration=True,
+            bits=8,
+            expected_speed=4.0,
+            tolerance=_COMPILED_INT8_TOLERANCE,
+        ),
+        _GRAPHS,
+        ("cpu",),
+    ),
+    (
+        Candidate(
+            backend="pytorch",
+            technique="int8-static",
+            goal="quantize",
+            description="int8 weights and activations, calibrated by FX of torch.ao, as TorchScript",
+            needs_calibration=True,
+            bits=8,
+            expected_speed=3.5,
+        ),
+        _MODULES,
+        ("cpu",),
+    ),
+    (
+        Candidate(
+            backend="pytorch",
+            technique="int8-dynamic",
+            goal="quantize",
+            description="int8 weights, and activations quantised as they come; embeddings in int8 too",
+            bits=8,
+            expected_speed=3.0,
+        ),
+        _MODULES,
+        ("cpu",),
+    ),
+    (
+        Candidate(
+            backend="pytorch",
+            technique="int8-dynamic-compiled",
+            goal="quantize",
+            description="int8 linear layers by PT2E, activations as they come, compiled by AOTInductor",
+            bits=8,
+            expected_speed=3.0,
+            tolerance=_COMPILED_INT8_TOLERANCE,
+        ),
+        _GRAPHS,
+        ("cpu",),
+    ),
+    (
+        Candidate(
+            backend="pytorch",
+            technique="int8-weight",
+            goal="quantize",
+            description="int8 weights of linear layers and embeddings by torchao; activations stay float",
+            bits=8,
+        ),
+        _MODULES,
+        ("cpu", "cuda"),
+    ),
+    (
+        Candidate(
+            backend="pytorch",
+            technique="int4-weight",
+            goal="quantize",
+            description="int4 weights of linear layers in groups of 32, int8 embeddings, by torchao",
+            bits=4,
+        ),
+        _MODULES,
+        ("cpu",),
+    ),
+    (
+        Candidate(
+            backend="pytorch",
+            technique="compiled",
+            goal="graph",
+            description="compiled ahead of time by AOTInductor, float32",
+            expected_speed=2.2,
+        ),
+        _GRAPHS,
+        ("cpu", "cuda"),
+    ),
+    (
+        Candidate(
+            backend="pytorch",
+            technique="torchscript",
+            goal="graph",
+            description="TorchScript, frozen: weights become constants and batch norms are folded",
+            expected_speed=1.2,
+        ),
+        _ALL,
+        ("cpu", "cuda"),
+    ),
+    (
+        Candidate(
+            backend="pytorch",
+            technique="export",
+            goal="graph",
+            description="a torch.export archive, which runs without the model's own code, float32",
+        ),
+        _GRAPHS,
+        ("cpu", "cuda"),
+    ),
+    (
+        Candidate(
+            backend="pytorch",
+            technique="l1-50",
+            goal="prune",
+            description="the smaller half of each layer's weights becomes zero; neither smaller nor faster",
+            options={"amount": 0.5},
+        ),
+        _MODULES,
+        ("cpu", "cuda"),
+    ),
+)
+"""Each technique with the forms of model and the devices that it goes for."""
+
+
+class PyTorchBackend(BaseBackend):
+    """Models of torch in torch's own runtimes.
+
+    Every artifact takes its inputs by position, in the source's order, and gives a tuple of tensors.
+    """
+
+    name: ClassVar[str] = "pytorch"
+    title: ClassVar[str] = "PyTorch"
+    modules: ClassVar[tuple[str, ...]] = ("torch", "torchao")
+    distributions: ClassVar[tuple[str, ...]] = ("torch", "torchao")
+    extra: ClassVar[str] = "pytorch"
+
+    def supports_model(self, model_info: ModelInfo) -> Verdict:
+        """Models of torch alone."""
+        if model_info.framework != "pytorch":
+            return Verdict(False, f"it takes models of torch, and this one is of {model_info.framework}")
+        if model_info.form not in _ALL:
+            return Verdict(False, f"it does not know models of the form {model_info.form!r}")
+        return Verdict(True, "a model of torch")
+
+    def candidates(self, model_info: ModelInfo, *, hardware: str = "cpu") -> list[Candidate]:
+        """Recipes for the model's form.
+
+        TorchScript has lost its layers and can only be frozen; an exported program is compiled, and quantised
+        by its graph alone.
+        """
+        if not self.supports_model(model_info):
+            return []
+        device = "cuda" if hardware in ("cuda", "gpu") else "cpu"
+        return [
+            candidate
+            for candidate, forms, devices in _TECHNIQUES
+            if model_info.form in forms and device in devices
+        ]
+
+    def build(self, context: BuildContext) -> Built:
+        """Convert, quantise or prune a copy of the model.
+
+        Raises:
+            UnsupportedError: the technique is not for this model.
+            BackendError: torch cannot follow the model.
+        """
+        make = _RECIPES.get(context.candidate.technique)
+        if make is None:
+            raise UnsupportedError(
+                f"backend pytorch has no {context.candidate.technique!r}; it has {', '.join(_RECIPES)}"
+            )
+        torch = need("torch")
+        torch.set_num_threads(context.threads)
+        torch.manual_seed(context.seed)
+        return make(context)
+
+    def open(self, manifest: Manifest, folder: Path, options: RunOptions) -> Runner:
+        """Open an artifact of this backend."""
+        return open_runner(manifest, folder, options)
+
+
+def _as_exported(context: BuildContext, module: Any, *notes: str, operators: tuple[str, ...] = ()) -> Built:
+    made = export(module, context.info, context.device)
+    save_exported(made.program, context.folder / EXPORTED)
+    return Built(
+        runtime="torch_export",
+        main=EXPORTED,
+        options={"operators": list(operators)},
+        forms={".pt2": (EXPORTED,)},
+        run=_runner(module, made, context).run,
+        inputs=made.inputs,
+        notes=(*notes, *made.notes),
+    )
+
+
+def _as_torchscript(context: BuildContext, module: Any, made: Converted, *notes: str) -> Built:
+    save_torchscript(made.program, context.folder / SCRIPT)
+    return Built(
+        runtime="torchscript",
+        main=SCRIPT,
+        forms={".pt": (SCRIPT,)},
+        run=_runner(module, made, context).run,
+        inputs=made.inputs,
+        notes=(*notes, *made.notes),
+    )
+
+
+def _as_compiled(context: BuildContext, module: Any, made: Converted, *notes: str) -> Built:
+    work = (context.cache or context.shared) / "inductor"
+    compile_package(made.program, context.folder / EXPORTED, threads=context.threads, work=work)
+    return Built(
+        runtime="aot_inductor",
+        main=EXPORTED,
+        options={"device": context.device},
+        forms={".pt2": (EXPORTED,)},
+        run=_runner(module, made, context).run,
+        inputs=made.inputs,
+        notes=(*notes, *made.notes, "native code for this kind of processor, which runs when it is opened"),
+    )
+
+
+def _runner(module: Any, made: Converted, context: BuildContext) -> PositionalRunner:
+    return PositionalRunner(module, made.inputs, context.info.outputs, context.device)
+
+
+def _wrapped(context: BuildContext) -> Any:
+    return positional(own_model(context.source, context.device), context.info)
+
+
+def _exported(context: BuildContext) -> Built:
+    return _as_exported(context, _wrapped(context))
+
+
+def _compiled(context: BuildContext) -> Built:
+    module = _wrapped(context)
+    return _as_compiled(context, module, export(module, context.info, context.device))
+
+
+def _torchscript(context: BuildContext) -> Built:
+    module = _wrapped(context)
+    if context.info.form == "torchscript":
+        # What was frozen before has no mode of its own any more.
+        frozen = freeze(module.model) if hasattr(module.model, "training") else module.model
+        made = Converted(program=frozen, inputs=context.info.inputs, notes=())
+    else:
+        traced = trace(module, context.info)
+        made = Converted(program=freeze(traced.program), inputs=traced.inputs, notes=traced.notes)
+    return _as_torchscript(context, module, made)
+
+
+def _int8_dynamic(context: BuildContext) -> Built:
+    if not has_torch_ao():
+        raise BackendUnavailableError(
+            "this torch has no torch.ao.quantization; int8-dynamic-compiled does it"
+        )
+    model = own_model(context.source)
+    note = dynamic_in_place(model)
+    module = positional(model, context.info)
+    return _as_torchscript(context, module, trace(module, context.info), note)
+
+
+def _int8_static(context: BuildContext) -> Built:
+    if not has_torch_ao():
+        raise BackendUnavailableError("this torch has no torch.ao.quantization; int8-static-compiled does it")
+    batches = calibration_tensors(context, context.info.inputs)
+    example = batches[0] if batches else tensors_of(context.example(), context.info)
+    quantised = static_by_fx(own_model(context.source), example, batches)
+    module = positional(quantised, context.info)
+    return _as_torchscript(context, module, trace(module, context.info))
+
+
+def _int8_compiled(context: BuildContext, *, dynamic: bool) -> Built:
+    # The operators of oneDNN hold for one shape.
+    fixed = with_lengths(context.info, 1, DEFAULT_LENGTH)
+    example = tensors_of(fixed.draw(1, context.seed), fixed)
+    batches = calibration_tensors(context, fixed.inputs) or [example]
+    quantised = by_pt2e(export(_wrapped(context), fixed).program, batches, dynamic=dynamic)
+    made = export(fuse_for_x86(quantised, example), fixed)
+    note = "compiled for the shapes " + ", ".join(f"{one.name} {list(one.shape)}" for one in fixed.inputs)
+    return _as_compiled(context, quantised, made, note)
+
+
+def _weights(context: BuildContext, bits: int) -> Built:
+    model = own_model(context.source, context.device)
+    note = weights_in_place(model, bits)
+    return _as_exported(context, positional(model, context.info), note, operators=("torchao",))
+
+
+def _pruned(context: BuildContext) -> Built:
+    model = own_model(context.source, context.device)
+    note = prune_in_place(model, float(context.candidate.options.get("amount", 0.5)))
+    return _as_exported(context, positional(model, context.info), note)
+
+
+_RECIPES: Final[dict[str, Callable[[BuildContext], Built]]] = {
+    "int8-static-compiled": lambda context: _int8_compiled(context, dynamic=False),
+    "int8-static": _int8_static,
+    "int8-dynamic": _int8_dynamic,
+    "int8-dynamic-compiled": lambda context: _int8_compiled(context, dynamic=True),
+    "int8-weight": lambda context: _weights(context, 8),
+    "int4-weight": lambda context: _weights(context, 4),
+    "compiled": _compiled,
+    "torchscript": _torchscript,
+    "export": _exported,
+    "l1-50": _pruned,
+}
