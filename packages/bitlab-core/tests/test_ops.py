@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
 from bitcore.ops import (
@@ -128,6 +129,39 @@ def test_packed_layers_pass_gradients_on():
     torch.testing.assert_close(bias.grad, upstream.sum((0, 1)))
 
 
+# Torch's rules of differentiation forwards are scripts of its own.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("form", ["training", "float weight", "packed"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_functions_of_torch_func_and_differentiation_forwards(form, has_bias):
+    """Straight through: the derivative is the rounded weight, whichever way it is computed."""
+    torch.manual_seed(0)
+    weight, x, direction = torch.randn(10, 20), torch.randn(4, 20), torch.randn(4, 20)
+    bias = torch.randn(10) if has_bias else None
+    scale, packed = bitlinear.prepare_weights(weight)
+    arguments = {
+        "training": {"weight": weight},
+        "float weight": {"weight": weight, "training": False},
+        "packed": {"qweight": packed, "qweight_scale": scale, "training": False},
+    }[form]
+
+    def function(x):
+        return bitlinear.forward(x, bias=bias, **arguments)
+
+    w, expected = dequantize_weight(*quantize_weight(weight)), function(x)
+    out, forwards = torch.func.jvp(function, (x,), (direction,))
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(forwards, direction @ w.t())
+    with forward_ad.dual_level():
+        dual = function(forward_ad.make_dual(x, direction))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, direction @ w.t())
+    torch.testing.assert_close(torch.func.jacrev(function)(x[0]), w)
+    torch.testing.assert_close(torch.func.jacfwd(function)(x[0]), w)
+    squares = torch.func.hessian(lambda x: function(x).square().sum())(x[0])
+    torch.testing.assert_close(squares, 2 * w.t() @ w)
+    torch.testing.assert_close(torch.vmap(function)(x), expected)
+
+
 class Layer(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -201,6 +235,27 @@ CONFIGS = st.builds(
 def test_a_configuration_comes_back(config):
     assert BitQuantConfig.from_dict(config.to_dict()) == config
     assert hash(config) == hash(BitQuantConfig(**config.to_dict()))
+
+
+def test_configurations_of_what_is_given():
+    given = BitQuantConfig("per_channel")
+    assert BitQuantConfig.of(given) is given
+    assert BitQuantConfig.of(given.to_dict()) == given
+    assert BitQuantConfig.of(None) == BitQuantConfig()
+    with pytest.raises(QuantizationError, match="a BitQuantConfig or a dictionary, not 'int8'"):
+        BitQuantConfig.of("int8")
+    weight = torch.randn(4, 8)
+    by_dictionary = bitlinear.prepare_weights(weight, {"weight_granularity": "per_channel"})
+    assert torch.equal(by_dictionary[0], bitlinear.prepare_weights(weight, given)[0])
+
+
+def test_granularities_that_are_none():
+    for function in (quantize_weight, compute_weight_scale):
+        with pytest.raises(QuantizationError, match="'per_token'; it must be one of per_tensor, per_channel"):
+            function(torch.ones(2, 2), "per_token")
+    for function in (quantize_x, compute_x_scale):
+        with pytest.raises(QuantizationError, match=r"'per_row'; it must be one of .*per_token"):
+            function(torch.ones(2, 2), "per_row")
 
 
 def test_configurations_that_are_none():

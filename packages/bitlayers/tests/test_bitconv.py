@@ -151,3 +151,33 @@ def test_inputs_that_are_refused(form):
     for bad in (torch.randn(1, 2, 4, 4), torch.randn(3, 4), torch.ones(1, 3, 4, 4).int()):
         with torch.no_grad(), pytest.raises(QuantizationError):
             layer(bad)
+
+
+# Torch's rules of differentiation forwards are scripts of its own.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("form", ["train", "eval", "deployed"])
+def test_functions_of_torch_func_in_every_form(form):
+    layer, x = BitConv2d(3, 4, 3, bias=False), torch.randn(2, 3, 5, 5)
+    scale, codes = layer.ternary_weight()
+    weight = codes * scale.view(-1, 1, 1, 1)
+    layer = layer.deploy() if form == "deployed" else layer.train(form == "train")
+    with torch.no_grad():
+        expected = layer(x)
+        torch.testing.assert_close(torch.vmap(layer)(x), expected)
+        torch.testing.assert_close(torch.func.jvp(layer, (x,), (x,))[1], F.conv2d(x, weight))
+
+
+def test_weights_that_are_not_finite_are_refused_with_and_without_gradients():
+    layer = BitConv2d(3, 4, 3).eval()
+    with torch.no_grad():
+        layer.weight[0, 0, 0, 0] = float("nan")
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(QuantizationError, match="1 of 108 weights are NaN"):
+            layer(torch.randn(1, 3, 5, 5))
+
+
+def test_hooks_run_once_for_an_image_without_a_batch():
+    layer, calls = BitConv2d(3, 4, 3), []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    assert layer(torch.randn(3, 5, 5)).shape == (4, 3, 3)
+    assert calls == [1]

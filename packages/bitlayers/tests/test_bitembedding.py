@@ -91,3 +91,12 @@ def test_arguments_that_are_refused():
             BitEmbedding(*arguments)
     with pytest.raises(QuantizationError, match="no float weight"):
         BitEmbedding(4, 4).deploy().reset_parameters()
+
+
+def test_weights_that_are_not_finite_are_refused_with_and_without_gradients():
+    layer = BitEmbedding(5, 4).eval()
+    with torch.no_grad():
+        layer.weight[0, 0] = float("inf")
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(QuantizationError, match="1 of 20 weights are NaN"):
+            layer(torch.tensor([1]))

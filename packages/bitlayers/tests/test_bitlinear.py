@@ -461,6 +461,31 @@ def test_gradients_of_one_input_and_of_functions(form):
         torch.testing.assert_close(by_function, expected)
 
 
+# Torch's rules of differentiation forwards are scripts of its own.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("form", ["train", "eval", "deployed"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_functions_of_torch_func_in_every_form(form, bias):
+    layer, x = BitLinear(32, 16, bias), torch.randn(5, 32)
+    scale, codes = layer.ternary_weight()
+    weight = codes * scale.unsqueeze(-1)
+    layer = layer.deploy() if form == "deployed" else layer.train(form == "train")
+    expected = layer(x).detach()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(torch.vmap(layer)(x), expected)
+            torch.testing.assert_close(torch.func.jvp(layer, (x,), (x,))[1], x @ weight.t())
+    torch.testing.assert_close(torch.func.jacrev(layer)(x[0]), weight)
+    if form != "deployed":
+
+        def loss(parameters, x):
+            return torch.func.functional_call(layer, parameters, (x,)).sum()
+
+        each = torch.vmap(torch.func.grad(loss), (None, 0))(dict(layer.named_parameters()), x)
+        layer(x).sum().backward()
+        torch.testing.assert_close(each["weight"].sum(0), layer.weight.grad)
+
+
 def test_averages_of_models_see_no_packed_weights():
     layer, x = BitLinear(8, 4), torch.randn(1, 8)
     average = AveragedModel(layer).eval()
@@ -480,6 +505,19 @@ def test_autocast_rounds_the_bias_as_linear_does():
         out = layer(x)
         reference = KernelRegistry.get_kernel_by_name("torch")
         assert torch.equal(out, reference(x, layer.qweight_scale, layer.qweight, layer.bias, config))
+
+
+def test_configurations_as_dictionaries():
+    config = BitQuantConfig("per_channel")
+    assert BitLinear(8, 4, quant_config=config.to_dict()).quant_config == config
+    with pytest.raises(QuantizationError, match="not 'int8'"):
+        BitLinear(8, 4, quant_config="int8")
+
+
+def test_a_norm_refuses_whole_numbers_as_a_layer_does():
+    for layer in (BitLinear(8, 4, norm=True), BitLinear(8, 4, norm=True).deploy()):
+        with pytest.raises(QuantizationError, match=r"floating inputs, but was given torch\.int64"):
+            layer(torch.ones(2, 8, dtype=torch.int64))
 
 
 def test_parametrized_layers_are_not_deployed():

@@ -7,11 +7,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bitcore.config import ActivationGranularity
+from bitcore.config import ActivationGranularity, check_field
 from bitcore.exceptions import QuantizationError
 
 _MOST = 127.0
 _LEAST_MAGNITUDE = 1e-5
+EXACT_TERMS = (1 << 24) // 128
+"""The most products of 8-bit codes by -1, 0 and 1 whose sum a float of 32 bits holds exactly."""
 
 
 def compute_x_scale(x: Tensor, granularity: ActivationGranularity = "per_token") -> Tensor:
@@ -26,8 +28,9 @@ def compute_x_scale(x: Tensor, granularity: ActivationGranularity = "per_token")
         fp32, [1] for `per_tensor` and [..., 1] else.
 
     Raises:
-        QuantizationError: x is not floating.
+        QuantizationError: x is not floating, or the granularity is unknown.
     """
+    check_field("activation_granularity", granularity)
     return _largest(x, granularity) / _MOST
 
 
@@ -44,8 +47,9 @@ def quantize_x(x: Tensor, granularity: ActivationGranularity = "per_token") -> t
         what is computed with it is NaN too.
 
     Raises:
-        QuantizationError: x is not floating.
+        QuantizationError: x is not floating, or the granularity is unknown.
     """
+    check_field("activation_granularity", granularity)
     scale, codes = eight_bits(x, granularity)
     return scale, codes.to(torch.int8)
 

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bitcore.config import WeightGranularity
+from bitcore.config import WeightGranularity, check_field
 from bitcore.exceptions import QuantizationError
 
 _LEAST_SCALE = 1e-5
@@ -25,9 +25,10 @@ def compute_weight_scale(weight: Tensor, granularity: WeightGranularity = "per_t
         fp32, [1] for `per_tensor`, and [out, 1, ...] for `per_channel`, as many dimensions as the weight.
 
     Raises:
-        QuantizationError: The weight is not floating, is empty, or holds NaN or infinity.
+        QuantizationError: The weight is not floating, is empty, or holds NaN or infinity, or the granularity
+            is unknown.
     """
-    _check(weight)
+    _check(weight, granularity)
     return mean_magnitude(weight, granularity)
 
 
@@ -54,9 +55,10 @@ def quantize_weight(
         The scale, fp32, and the codes, int8 in the weight's shape: `clip(round(weight / scale), -1, 1)`.
 
     Raises:
-        QuantizationError: The weight is not floating, is empty, or holds NaN or infinity.
+        QuantizationError: The weight is not floating, is empty, or holds NaN or infinity, or the granularity
+            is unknown.
     """
-    _check(weight)
+    _check(weight, granularity)
     scale = mean_magnitude(weight, granularity) if scale is None else scale.float()
     return scale, ternary(weight, scale).to(torch.int8)
 
@@ -72,7 +74,8 @@ def dequantize_weight(scale: Tensor, qweight: Tensor, dtype: torch.dtype = torch
     return (qweight.float() * scale.float()).to(dtype)
 
 
-def _check(weight: Tensor) -> None:
+def _check(weight: Tensor, granularity: str) -> None:
+    check_field("weight_granularity", granularity)
     if not isinstance(cast("object", weight), Tensor) or not weight.is_floating_point():
         kind = getattr(weight, "dtype", type(weight).__name__)
         raise QuantizationError(f"a weight is to be a floating tensor, but is {kind}.")

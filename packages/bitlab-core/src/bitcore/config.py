@@ -8,7 +8,14 @@ from typing import Any, Literal, Self, get_args
 
 from bitcore.exceptions import QuantizationError, nearest
 
-__all__ = ["ActivationDtype", "ActivationGranularity", "BitQuantConfig", "WeightGranularity"]
+__all__ = [
+    "ActivationDtype",
+    "ActivationGranularity",
+    "BitQuantConfig",
+    "WeightGranularity",
+    "check_field",
+    "check_sizes",
+]
 
 WeightGranularity = Literal["per_tensor", "per_channel"]
 ActivationDtype = Literal["int8", "float32"]
@@ -41,9 +48,7 @@ class BitQuantConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, allowed = getattr(self, field.name), _ALLOWED[field.name]
-            if value not in allowed:
-                raise QuantizationError(f"{field.name} is {value!r}; it must be one of {', '.join(allowed)}.")
+            check_field(field.name, getattr(self, field.name))
 
     @property
     def quantizes_activations(self) -> bool:
@@ -60,6 +65,21 @@ class BitQuantConfig:
         return asdict(self)
 
     @classmethod
+    def of(cls, given: Self | Mapping[str, Any] | None) -> Self:
+        """Return what was given: a configuration, its fields by name, or None for the defaults.
+
+        Raises:
+            QuantizationError: It is something else, or a key or a value is unknown.
+        """
+        if given is None:
+            return cls()
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, Mapping):
+            return cls.from_dict(given)
+        raise QuantizationError(f"a quant_config is a BitQuantConfig or a dictionary, not {given!r}.")
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the configuration with these fields; what is left out has its default.
 
@@ -70,3 +90,17 @@ class BitQuantConfig:
             if name not in _ALLOWED:
                 raise QuantizationError(f"{name!r} is none of {', '.join(_ALLOWED)}{nearest(name, _ALLOWED)}")
         return cls(**values)
+
+
+def check_field(name: str, value: object) -> None:
+    """Raise `QuantizationError` unless a field of `BitQuantConfig` may have this value."""
+    allowed = _ALLOWED[name]
+    if value not in allowed:
+        raise QuantizationError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+
+
+def check_sizes(**sizes: object) -> None:
+    """Raise `QuantizationError` unless all sizes are whole numbers above zero."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise QuantizationError(f"{name} is {size!r}; it must be a whole number above zero.")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
+from bitcore.ops import bitlinear
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -42,12 +43,12 @@ class TernaryLayer(nn.Module):
     def __init__(
         self,
         shape: tuple[int, ...],
-        quant_config: BitQuantConfig | None,
+        quant_config: BitQuantConfig | Mapping[str, Any] | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        self.quant_config = quant_config or BitQuantConfig()
+        self.quant_config = BitQuantConfig.of(quant_config)
         self.weight_shape = shape
         self.strength = 1.0
         """How much of the rounding is done in training: 0 none, 1 all. Evaluation always rounds."""
@@ -178,6 +179,20 @@ class TernaryLayer(nn.Module):
             scale, qweight = self.packed()
             return scale, self._unpack(qweight)
 
+    def _computes_on_floats(self, *tensors: Tensor | None) -> bool:
+        """Return whether what is computed of these is to be differentiated or traced, and so not on codes.
+
+        Raises:
+            QuantizationError: In evaluation the weight holds NaN or infinity.
+        """
+        if self.training or (torch.compiler.is_compiling() and self.weight is not None):
+            return True
+        if not torch.compiler.is_compiling():
+            if bitlinear.is_transformed():
+                return True
+            self.packed()
+        return wants_gradients(*tensors)
+
     @property
     def _strength(self) -> float:
         """How much of the rounding is done where gradients are wanted."""
@@ -262,16 +277,15 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raise `QuantizationError` unless all sizes are whole numbers above zero."""
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(cast("object", size), int) or size < 1:
-            raise QuantizationError(f"{name} is {size!r}; it must be a whole number above zero.")
-
-
 def is_plain(x: Tensor) -> bool:
     """Return whether x is memory that is computed with now: no subclass, nothing that records or pretends."""
-    return type(x) is Tensor and not x.is_neg() and not _modes() and not _tracing()
+    return (
+        type(x) is Tensor
+        and not x.is_neg()
+        and not _modes()
+        and not _tracing()
+        and not bitlinear.is_transformed()
+    )
 
 
 def _count_step(*_: Any) -> None:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from bitcore.config import BitQuantConfig
+from bitcore.config import BitQuantConfig, check_sizes
 from bitcore.exceptions import QuantizationError
-from bitcore.ops import bitlinear, dequantize_weight, quantize_weight, quantize_x
+from bitcore.ops import EXACT_TERMS, bitlinear, dequantize_weight, quantize_weight, quantize_x
 from bitcore.packing import rows
 from torch import Tensor, nn
 
-from bitlayers._ternary import TernaryLayer, begin_bias, check_sizes, wants_gradients
+from bitlayers._ternary import TernaryLayer, begin_bias
 
 __all__ = ["BitConv2d", "PaddingMode"]
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 _Pair = int | tuple[int, int]
-_EXACT_TERMS = (1 << 24) // 128
-"""The most products of 8 bits whose sum a float of 32 bits holds exactly."""
 
 
 class BitConv2d(TernaryLayer):
@@ -41,7 +40,8 @@ class BitConv2d(TernaryLayer):
         groups: Into which both kinds of channels are divided.
         bias: Whether outputs have a bias.
         padding_mode: What is added.
-        quant_config: How weights and inputs are quantised; the default of `BitQuantConfig` if None.
+        quant_config: How weights and inputs are quantised, also as a dictionary; the default of
+            `BitQuantConfig` if None.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -60,7 +60,7 @@ class BitConv2d(TernaryLayer):
         groups: int = 1,
         bias: bool = True,
         padding_mode: PaddingMode = "zeros",
-        quant_config: BitQuantConfig | None = None,
+        quant_config: BitQuantConfig | Mapping[str, Any] | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -102,10 +102,9 @@ class BitConv2d(TernaryLayer):
                 f"inputs are [images, {self.in_channels}, height, width]; these are {list(x.shape)}."
             )
         if x.ndim == 3:
-            return self(x.unsqueeze(0)).squeeze(0)
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         weight = self.weight
-        traces = torch.compiler.is_compiling() and weight is not None
-        if self.training or traces or wants_gradients(x, weight, self.bias):
+        if self._computes_on_floats(x, weight, self.bias):
             rounded = bitlinear.fake_quantize_x(x.flatten(1), self.quant_config, self._strength).view_as(x)
             if weight is None:
                 scale, codes = self.ternary_weight()
@@ -137,7 +136,7 @@ class BitConv2d(TernaryLayer):
         if not self.quant_config.quantizes_activations:
             out = self._convolve(x, dequantize_weight(scale.unsqueeze(1), codes, x.dtype), None).float()
         else:
-            wide = torch.float32 if self._terms <= _EXACT_TERMS else torch.float64
+            wide = torch.float32 if self._terms <= EXACT_TERMS else torch.float64
             x_scale, qx = quantize_x(x.flatten(1), self.quant_config.activation_granularity)
             product = self._convolve(qx.view(x.shape).to(wide), codes.to(wide), None).float()
             out = product * (x_scale.view(-1, 1, 1, 1) * scale)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from bitcore.config import BitQuantConfig
+from bitcore.config import BitQuantConfig, check_sizes
 from bitcore.exceptions import QuantizationError
 from bitcore.ops import bitlinear, quantize_weight
 from bitcore.packing import rows
 from torch import Tensor, nn
 
-from bitlayers._ternary import TernaryLayer, check_sizes, wants_gradients
+from bitlayers._ternary import TernaryLayer
 
 __all__ = ["BitEmbedding"]
 
@@ -27,7 +28,8 @@ class BitEmbedding(TernaryLayer):
         num_embeddings: How many vectors.
         embedding_dim: Size of each.
         padding_idx: The vector that begins as zeros and stays so.
-        quant_config: How the weight is quantised; the default of `BitQuantConfig` if None.
+        quant_config: How the weight is quantised, also as a dictionary; the default of `BitQuantConfig` if
+            None.
         device: Of the weight.
         dtype: Of the weight.
 
@@ -42,7 +44,7 @@ class BitEmbedding(TernaryLayer):
         num_embeddings: int,
         embedding_dim: int,
         padding_idx: int | None = None,
-        quant_config: BitQuantConfig | None = None,
+        quant_config: BitQuantConfig | Mapping[str, Any] | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -71,7 +73,7 @@ class BitEmbedding(TernaryLayer):
         if ids.dtype not in (torch.int32, torch.int64):
             raise QuantizationError(f"ids are int32 or int64, but these are {ids.dtype}.")
         weight = self.weight
-        if weight is not None and (self.training or torch.compiler.is_compiling() or wants_gradients(weight)):
+        if weight is not None and self._computes_on_floats(weight):
             fake = bitlinear.fake_quantize_weight(weight, self.quant_config, self._strength)
             return F.embedding(ids, fake, self.padding_idx)
         scale, packed = self.packed()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
-from bitcore.config import BitQuantConfig
+from bitcore.config import BitQuantConfig, check_sizes
 from bitcore.exceptions import QuantizationError
 from bitcore.kernels import KernelRegistry
 from bitcore.ops import bitlinear
 from bitcore.packing import tiles
 from torch import Tensor, nn
 
-from bitlayers._ternary import TernaryLayer, begin_bias, check_sizes, is_plain, wants_gradients
+from bitlayers._ternary import TernaryLayer, begin_bias, is_plain, wants_gradients
 from bitlayers.norm import SubLN
 
 __all__ = ["BitLinear", "InitMethod"]
@@ -35,14 +35,15 @@ class BitLinear(TernaryLayer):
         bias: Whether outputs have a bias.
         init_method: How the weight begins. `xavier_uniform` is Glorot's; `kaiming_uniform` is that of
             `torch.nn.Linear`. The bias begins as that of `torch.nn.Linear` either way.
-        quant_config: How weights and inputs are quantised; the default of `BitQuantConfig` if None.
+        quant_config: How weights and inputs are quantised, also as a dictionary; the default of
+            `BitQuantConfig` if None.
         norm: Normalises inputs before they are rounded: True for a `SubLN`, or a module of your own. BitNet
             has one before each of its layers.
         device: Of the parameters.
         dtype: Of the parameters.
 
     Raises:
-        QuantizationError: A size or `init_method` is none of those that are allowed.
+        QuantizationError: A size, `init_method` or `quant_config` is none of those that are allowed.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class BitLinear(TernaryLayer):
         out_features: int,
         bias: bool = True,
         init_method: InitMethod = "xavier_uniform",
-        quant_config: BitQuantConfig | None = None,
+        quant_config: BitQuantConfig | Mapping[str, Any] | None = None,
         *,
         norm: bool | nn.Module = False,
         device: torch.device | str | None = None,
@@ -104,7 +105,8 @@ class BitLinear(TernaryLayer):
         # Asked first, as looking parameters up takes longer.
         differentiable = torch.is_grad_enabled() and wants_gradients(x, self.weight, self.bias)
         if compiling or differentiable or not is_plain(x):
-            scale, qweight = (self.qweight_scale, self.qweight) if compiling else self.packed()
+            taken = compiling or bitlinear.is_transformed()
+            scale, qweight = (self.qweight_scale, self.qweight) if taken else self.packed()
             return bitlinear.forward(
                 x,
                 weight=self.weight,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from bitcore.exceptions import QuantizationError
 from torch import Tensor, nn
 
 __all__ = ["SubLN"]
@@ -37,5 +38,10 @@ class SubLN(nn.RMSNorm):
         """Return x over the root of its mean square along the last dimension, times the gain, in x's dtype.
 
         The gain may have another dtype, as it has under autocast.
+
+        Raises:
+            QuantizationError: x is not floating.
         """
+        if not x.is_floating_point():
+            raise QuantizationError(f"a norm takes floating inputs, but was given {x.dtype}.")
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)

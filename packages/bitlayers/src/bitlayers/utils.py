@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bitlayers._ternary import TernaryLayer
 
 __all__ = [
+    "check_finite",
     "compare_layers",
     "deploy_layers",
     "estimate_memory_usage",
@@ -30,17 +31,25 @@ def ternary_layers(module: nn.Module) -> dict[str, TernaryLayer]:
     return {name: part for name, part in parts if isinstance(part, TernaryLayer)}
 
 
+def check_finite(module: nn.Module) -> None:
+    """Look at the float weight of each ternary layer.
+
+    Raises:
+        QuantizationError: One holds NaN or infinity; the message names its layer.
+    """
+    for name, layer in ternary_layers(module).items():
+        if layer.weight is not None and not layer.weight.is_meta and not bool(layer.weight.isfinite().all()):
+            raise QuantizationError(f"the weight of {name or 'the layer'} holds NaN or infinity.")
+
+
 def deploy_layers(module: nn.Module) -> nn.Module:
     """Deploy each ternary layer of a module, put the module in evaluation, and return it.
 
     Raises:
         QuantizationError: A weight holds NaN or infinity; the message names its layer. None is deployed then.
     """
-    layers = ternary_layers(module)
-    for name, layer in layers.items():
-        if layer.weight is not None and not layer.weight.is_meta and not bool(layer.weight.isfinite().all()):
-            raise QuantizationError(f"the weight of {name or 'the layer'} holds NaN or infinity.")
-    for layer in layers.values():
+    check_finite(module)
+    for layer in ternary_layers(module).values():
         layer.deploy()
     return module.eval()
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self, cast
 
+from bitcore.config import check_sizes
 from bitcore.exceptions import nearest
 
 from bitmodels.exceptions import QuantizationError
@@ -52,10 +53,7 @@ def _frozen(value: Any) -> Any:
 
 def check_positive(config: ModelConfig, *names: str) -> None:
     """Raise `QuantizationError` unless these fields are whole numbers above zero."""
-    for name in names:
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise QuantizationError(f"{name} is {value!r}; it must be a whole number above zero.")
+    check_sizes(**{name: getattr(config, name) for name in names})
 
 
 def check_share(config: ModelConfig, *names: str) -> None:

@@ -7,14 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bitcore._activations import eight_bits
+from bitcore._activations import EXACT_TERMS, eight_bits
 from bitcore.config import BitQuantConfig
 from bitcore.kernels._operands import check_operands
 from bitcore.kernels.base import BitKernelBase
 from bitcore.packing import tiles
-
-_EXACT_COLUMNS = (1 << 24) // 128
-"""The most products of 8 bits whose sum a float of 32 bits holds exactly."""
 
 
 class TorchKernel(BitKernelBase):
@@ -48,7 +45,7 @@ class TorchKernel(BitKernelBase):
             out = x.float() @ weight.t()
         else:
             scale, qx = eight_bits(x, config.activation_granularity)
-            wide = torch.float32 if x.shape[-1] <= _EXACT_COLUMNS else torch.float64
+            wide = torch.float32 if x.shape[-1] <= EXACT_TERMS else torch.float64
             product = (qx.to(wide) @ codes.to(wide).t()).float()
             out = product * (scale * qweight_scale)
         if bias is not None:

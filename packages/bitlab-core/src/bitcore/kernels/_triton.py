@@ -43,7 +43,7 @@ class TritonKernel(BitKernelBase):
         if shape is not None and shape[1] > _MOST_COLUMNS:
             return f"it takes up to {_MOST_COLUMNS} columns"
         if importlib.util.find_spec("triton") is None:
-            return 'triton is not installed; `pip install "bitlab-core[cuda]"` installs it'
+            return 'triton is not installed; `pip install "triton>=3.5"` installs it'
         return None
 
     def __call__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -14,16 +15,23 @@ from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
 from bitcore.kernels import _library
 from bitcore.kernels.registry import KernelRegistry
+from bitcore.packing import tiles
 
-__all__ = ["fake_quantize_weight", "fake_quantize_x", "forward", "prepare_weights"]
+__all__ = ["fake_quantize_weight", "fake_quantize_x", "forward", "is_transformed", "prepare_weights"]
+
+_forward_ad: Any = torch.autograd.forward_ad
+_functorch: Any = cast("Any", torch)._C._functorch
 
 
-def prepare_weights(weight: Tensor, config: BitQuantConfig | None = None) -> tuple[Tensor, Tensor]:
+def prepare_weights(
+    weight: Tensor, config: BitQuantConfig | Mapping[str, Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantise a weight and pack it for the kernels.
 
     Args:
         weight: Floating, [rows, columns].
-        config: One scale for the weight, or one for each row; the default of `BitQuantConfig` if None.
+        config: One scale for the weight, or one for each row, also as a dictionary; the default of
+            `BitQuantConfig` if None.
 
     Returns:
         `qweight_scale`, fp32 [rows], and `qweight`, uint8 in the layout of `bitcore.packing.tiles`.
@@ -31,7 +39,7 @@ def prepare_weights(weight: Tensor, config: BitQuantConfig | None = None) -> tup
     Raises:
         QuantizationError: The weight is no floating matrix, or holds NaN or infinity.
     """
-    config = config or BitQuantConfig()
+    config = BitQuantConfig.of(config)
     kernel = KernelRegistry.get_kernel_for_config(config, weight.device)
     return kernel.prepare_weights(weight, config)
 
@@ -41,7 +49,7 @@ def forward(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    quant_config: BitQuantConfig | None = None,
+    quant_config: BitQuantConfig | Mapping[str, Any] | None = None,
     training: bool = True,
     qweight: Tensor | None = None,
     qweight_scale: Tensor | None = None,
@@ -59,7 +67,7 @@ def forward(
         weight: Floating, [rows, columns]; needed for training. Elsewhere it is packed at each call where no
             packed one is given, and gets its gradient either way.
         bias: [rows].
-        quant_config: How both are quantised; the default of `BitQuantConfig` if None.
+        quant_config: How both are quantised, also as a dictionary; the default of `BitQuantConfig` if None.
         training: With gradients, from the float weight.
         qweight: What `prepare_weights` returned.
         qweight_scale: What `prepare_weights` returned.
@@ -72,10 +80,11 @@ def forward(
     Raises:
         QuantizationError: What is needed is missing, shapes do not fit, or x is not floating.
     """
-    config = quant_config or BitQuantConfig()
-    if training:
-        if weight is None:
-            raise QuantizationError("training=True needs the float weight; packed weights cannot be trained.")
+    config = BitQuantConfig.of(quant_config)
+    if training and weight is None:
+        raise QuantizationError("training=True needs the float weight; packed weights cannot be trained.")
+    transformed = not torch.compiler.is_compiling() and is_transformed()
+    if weight is not None and (training or transformed):
         _check_columns(x, weight)
         return F.linear(
             fake_quantize_x(x, config, strength), fake_quantize_weight(weight, config, strength), bias
@@ -86,10 +95,23 @@ def forward(
         if weight is None:
             raise QuantizationError("training=False needs qweight and qweight_scale, or the float weight.")
         qweight_scale, qweight = prepare_weights(weight, config)
+    if transformed:
+        # The operator has gradients backwards alone.
+        codes = tiles.unpack(qweight, len(qweight_scale), x.shape[-1])
+        dequantized = (codes * qweight_scale.unsqueeze(-1)).to(x.dtype)
+        return F.linear(fake_quantize_x(x, config), dequantized, None if bias is None else bias.to(x.dtype))
     out = _library.linear(x, qweight_scale, qweight, bias, config)
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         return cast("Any", _WeightGradient).apply(out, x, weight, config)
     return out
+
+
+def is_transformed() -> bool:
+    """Return whether a function of `torch.func`, or differentiation forwards, is at work.
+
+    Compilers do not trace this.
+    """
+    return _forward_ad._current_level >= 0 or _functorch.peek_interpreter_stack() is not None
 
 
 def fake_quantize_weight(weight: Tensor, config: BitQuantConfig, strength: float = 1.0) -> Tensor:
@@ -168,6 +190,8 @@ def _straight(value: Tensor, rounded: Tensor, strength: float) -> Tensor:
     if strength != 1.0:
         with torch.no_grad():
             rounded = value.lerp(rounded, strength)
+    if not torch.compiler.is_compiling() and is_transformed():
+        return rounded.detach() + (value - value.detach())
     return cast("Any", _StraightThrough).apply(value, rounded)
 
 
