@@ -86,6 +86,12 @@ def test_errors_are_one_line(arguments, message, folders, capsys, monkeypatch):
     assert sorted(folders.rglob("*")) == before
 
 
+def test_a_missing_package_is_named(folders, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert main(["export", str(folders / "lm"), str(tmp_path / "m.gguf")]) == 1
+    assert 'pip install "gguf>=0.17"' in capsys.readouterr().err
+
+
 def test_bench(capsys):
     arguments = ["bench", "--shapes", "64x96", "128x32", "--batch", "1", "3", "--rounds", "1"]
     assert main([*arguments, "--json"]) == 0

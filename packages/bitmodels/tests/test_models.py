@@ -138,6 +138,29 @@ def test_the_example_of_the_reference():
     assert model.get_quant_config()["weight_granularity"] == "per_channel"
 
 
+def test_a_deployed_model_that_is_asked_to_train_stays_as_it_was():
+    model = BitMLPModel(BitMLPConfig(2, 8, 8, 4, dropout=0.5)).deploy()
+    with pytest.raises(QuantizationError, match="is deployed"):
+        model.train()
+    assert not any(part.training for part in model.modules())
+    assert model.eval() is model
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_batches_of_nothing(kind):
+    config, inputs, shape = MODELS[kind]
+    model, x = AutoBitModel.from_config(config).eval(), inputs()[:0]
+    for form in (model, model.deploy()):
+        assert form(x).shape == (0, *shape[1:])
+
+
+def test_inputs_and_configurations_of_the_wrong_kind():
+    with pytest.raises(QuantizationError, match=r"floating inputs, but was given torch\.int64"):
+        BitMLPModel(BitMLPConfig(2, 8, 8, 4))(torch.ones(2, 8, dtype=torch.int64))
+    with pytest.raises(QuantizationError, match="not 'int8'"):
+        BitMLPModel(BitMLPConfig(2, 8, 8, 4), "int8")
+
+
 def test_the_base_asks_for_forward():
     class Half(BitModelBase):
         pass

@@ -141,6 +141,58 @@ def test_layers_that_stay():
     assert type(model.body[2]) is BitLinear
 
 
+def test_hooks_go_along():
+    model, seen = nn.Sequential(nn.Linear(6, 4)), []
+    handle = model[0].register_forward_hook(lambda _part, _inputs, out: seen.append(out) or -out)
+    replace_linear_layers(model)
+    x = torch.randn(2, 6)
+    assert torch.equal(model(x), -seen[0])
+    handle.remove()
+    assert torch.equal(model(x), seen[0])
+
+
+# Torch advises against the old form of weight_norm, which many models have.
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_layers_that_compute_something_else_stay():
+    parametrized = torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+    patched = nn.Linear(6, 6)
+    patched.forward = lambda x: -x
+    short = nn.Embedding(9, 6, max_norm=1.0)
+    weighed = nn.Embedding(9, 6, scale_grad_by_freq=True)
+    model = nn.ModuleList([parametrized, patched, short, weighed, nn.Linear(6, 6)])
+    kinds = [type(part) for part in model]
+    converted = convert(model, embeddings=True, subclasses=True)
+    assert [type(part) for part in converted][:-1] == kinds[:-1]
+    assert type(converted[-1]) is BitLinear
+    normed = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(6, 6)))
+    with pytest.raises(QuantizationError, match="in place with replace_linear_layers"):
+        convert_pytorch_model(normed)
+    assert type(replace_linear_layers(normed)[0]) is nn.Linear
+    torch.nn.utils.remove_weight_norm(normed[0])
+    assert type(replace_linear_layers(normed)[0]) is BitLinear
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    with pytest.raises(QuantizationError, match="the weight of 1 holds NaN or infinity"):
+        convert_pytorch_model(model)
+    ternary = replace_linear_layers(copy.deepcopy(model))
+    batches = [(torch.randn(2, 4), torch.tensor([0, 1]))]
+    for use in (analyze_model, lambda m: compare_models(model, m), lambda m: finetune(m, batches)):
+        with pytest.raises(QuantizationError, match="the weight of 1 holds NaN or infinity"):
+            use(ternary)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, BitConv2d, None, "BitLinear"])
+def test_classes_that_are_no_ternary_layer(kind):
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(QuantizationError, match="it must be BitLinear or a subclass"):
+        replace_linear_layers(model, layer_class=kind)
+    assert type(model[0]) is nn.Linear
+
+
 def test_a_layer_in_two_places_stays_one():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), shared)
@@ -417,6 +469,10 @@ def test_steps_beyond_one_pass_go_through_data_again():
         ([1], {"steps": 0}, "steps is 0"),
         ([1], {"warmup": 1.5}, "warmup is 1.5"),
         ([1], {"distillation": -1}, "distillation is -1"),
+        ([1], {"learning_rate": math.nan}, "learning_rate is nan"),
+        ([1], {"learning_rate": -1e-3}, "learning_rate is -0.001"),
+        ([1], {"temperature": 0}, "temperature is 0"),
+        ([1], {"max_grad_norm": 0}, "max_grad_norm is 0"),
         ([1], {}, "a batch is"),
         ([torch.randn(2, 4)], {}, "give a teacher"),
         ([(torch.randn(2, 4), torch.zeros(3, dtype=torch.int64))], {}, "classes"),

@@ -29,7 +29,7 @@ class BitModelBase(nn.Module, ABC):
         quant_config: How layers quantise, also as a dictionary; BitNet's own way if None.
 
     Raises:
-        QuantizationError: `quant_config` holds an unknown key or value.
+        QuantizationError: `quant_config` is no configuration, or holds an unknown key or value.
     """
 
     config_class: ClassVar[type[ModelConfig] | None] = None
@@ -40,7 +40,7 @@ class BitModelBase(nn.Module, ABC):
     def __init__(self, config: Any, quant_config: BitQuantConfig | Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.config = config
-        given = BitQuantConfig.from_dict(quant_config) if isinstance(quant_config, Mapping) else quant_config
+        given = None if quant_config is None else BitQuantConfig.of(quant_config)
         self._given_quant_config = given
         self.quant_config = given or BitQuantConfig()
         """How layers quantise."""
@@ -70,6 +70,17 @@ class BitModelBase(nn.Module, ABC):
             QuantizationError: A weight holds NaN or infinity; the message names its layer.
         """
         return cast("Self", deploy_layers(self))
+
+    def train(self, mode: bool = True) -> Self:
+        """Go to training, or to evaluation with `mode=False`.
+
+        Raises:
+            QuantizationError: A layer is deployed and has no weight to train. The model stays as it was.
+        """
+        for layer in ternary_layers(self).values() if mode else ():
+            if layer.is_deployed:
+                layer.train()
+        return super().train(mode)
 
     def memory_usage(self) -> dict[str, float]:
         """Return what the model takes in bytes, as `bitlayers.utils.estimate_memory_usage` does."""

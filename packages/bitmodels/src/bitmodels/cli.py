@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (BitLabError, OSError) as error:
+    except (BitLabError, ImportError, OSError) as error:
         print(f"bitlab: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -124,14 +124,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(folder: Path) -> BitModelBase:
-
     if read_json(folder / CONFIG).get("format") == "bitmodels":
         return AutoBitModel.from_pretrained(folder)
     return huggingface.load(folder)
 
 
 def _analyze(options: argparse.Namespace) -> None:
-
     found = analyze_model(_load(options.model))
     if options.json:
         print(json.dumps(found, indent=2))
@@ -153,7 +151,6 @@ def _analyze(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-
     out: Path = options.out
     if out.resolve() == options.model.resolve():
         raise CheckpointError("OUT is the folder of MODEL; name another.")
@@ -180,7 +177,6 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-
     if options.out.exists() and not options.force:
         raise CheckpointError(f"{options.out} is there already; name another, or add --force.")
     model = _load(options.model)
@@ -194,7 +190,6 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-
     shapes: list[tuple[int, int]] = []
     for text in options.shapes:
         rows, _, columns = str(text).partition("x")

@@ -63,8 +63,8 @@ def export(
         name: `general.name`.
 
     Raises:
-        CheckpointError: The format has no place for what the model is, the tokenizer is of another kind, or
-            the package gguf is not installed.
+        CheckpointError: The format has no place for what the model is, or the tokenizer is of another kind.
+        ImportError: The package gguf is not installed.
         QuantizationError: A weight's rows are no multiple of 256, or of 128 for I2_S.
         OSError: The file cannot be written.
     """
@@ -83,8 +83,8 @@ def export(
     try:
         library: Any = importlib.import_module("gguf")
     except ImportError as error:
-        raise CheckpointError(
-            'GGUF files are written by the package gguf; install it with `pip install "bitmodels[gguf]"`.'
+        raise ImportError(
+            'GGUF files are written by the package gguf; install it with `pip install "gguf>=0.17"`.'
         ) from error
     # Relu squared came to the architecture's first name late, and bitnet.cpp reads the second only.
     architecture = "bitnet-b1.58" if kind == "I2_S" else "bitnet"

@@ -36,21 +36,20 @@ class _Attention(nn.Module):
     def __init__(self, config: BitTransformerConfig, quant_config: BitQuantConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_size = layer, config.head_size
-        queries = config.num_attention_heads * config.head_size
-        keys = config.key_value_heads * config.head_size
+        self.heads, self.key_value_heads = config.num_attention_heads, config.key_value_heads
+        queries, keys = self.heads * self.head_size, self.key_value_heads * self.head_size
         bias = config.attention_bias
         self.q_proj = BitLinear(config.hidden_size, queries, bias, quant_config=quant_config)
         self.k_proj = BitLinear(config.hidden_size, keys, bias, quant_config=quant_config)
         self.v_proj = BitLinear(config.hidden_size, keys, bias, quant_config=quant_config)
         self.attn_sub_norm = SubLN(queries, config.rms_norm_eps) if config.sub_norm else nn.Identity()
         self.o_proj = BitLinear(queries, config.hidden_size, bias, quant_config=quant_config)
-        self.grouped = config.key_value_heads != config.num_attention_heads
 
     def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cache: KVCache | None) -> Tensor:
-        heads = (*x_BTC.shape[:2], -1, self.head_size)
-        q_BHTD = self.q_proj(x_BTC).view(heads).transpose(1, 2)
-        k_BHTD = self.k_proj(x_BTC).view(heads).transpose(1, 2)
-        v_BHSD = self.v_proj(x_BTC).view(heads).transpose(1, 2)
+        tokens = x_BTC.shape[:2]
+        q_BHTD = self.q_proj(x_BTC).view(*tokens, self.heads, self.head_size).transpose(1, 2)
+        k_BHTD = self.k_proj(x_BTC).view(*tokens, self.key_value_heads, self.head_size).transpose(1, 2)
+        v_BHSD = self.v_proj(x_BTC).view(*tokens, self.key_value_heads, self.head_size).transpose(1, 2)
         q_BHTD = _turned(q_BHTD, cos_TD, sin_TD)
         k_BHSD = _turned(k_BHTD, cos_TD, sin_TD)
         new = q_BHTD.shape[2]
@@ -62,9 +61,14 @@ class _Attention(nn.Module):
             ones = torch.ones(new, known, dtype=torch.bool, device=x_BTC.device)
             mask = ones.tril(known - new)
         out_BHTD = F.scaled_dot_product_attention(
-            q_BHTD, k_BHSD, v_BHSD, mask, is_causal=1 < new == known, enable_gqa=self.grouped
+            q_BHTD,
+            k_BHSD,
+            v_BHSD,
+            mask,
+            is_causal=1 < new == known,
+            enable_gqa=self.heads != self.key_value_heads,
         )
-        out_BTC = out_BHTD.transpose(1, 2).reshape(*x_BTC.shape[:2], -1)
+        out_BTC = out_BHTD.transpose(1, 2).flatten(2)
         return self.o_proj(self.attn_sub_norm(out_BTC))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from bitlayers import TernaryLayer
-from bitlayers.utils import estimate_memory_usage, ternary_layers
+from bitlayers.utils import check_finite, estimate_memory_usage, ternary_layers
 from torch import nn
 
 __all__ = ["analyze_model"]
@@ -29,7 +29,11 @@ def analyze_model(model: nn.Module) -> dict[str, Any]:
         `is_deployed`: Whether there are ternary layers and all hold packed codes alone.
         `layers`: For each ternary layer a dictionary of its `name`, `type`, `shape`, whether `deployed`,
             `bytes` once deployed, and `zeros`, the share of its weights that are 0 (None on the meta device).
+
+    Raises:
+        QuantizationError: A ternary layer's weight holds NaN or infinity; the message names it.
     """
+    check_finite(model)
     layers = ternary_layers(model)
     memory = estimate_memory_usage(model)
     quantized = sum(layer.weight_count for layer in layers.values())

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from bitlayers import BitConv2d, BitEmbedding, BitLinear
-from bitlayers.utils import estimate_memory_usage, evaluating, median_times_ms
+from bitlayers.utils import check_finite, estimate_memory_usage, evaluating, median_times_ms
 from torch import Tensor, nn
 
 from bitmodels.exceptions import QuantizationError
@@ -53,8 +53,10 @@ def compare_models(
         `original_ms`, `quantized_ms`: Median time of the first batch, with as many threads as torch has.
 
     Raises:
-        QuantizationError: There is no data, batches or outputs do not fit, or no inputs could be drawn.
+        QuantizationError: There is no data, batches or outputs do not fit, no inputs could be drawn, or a
+            ternary layer's weight holds NaN or infinity.
     """
+    check_finite(quantized)
     drawn = data is None
     batches = [_drawn(original, quantized, seed)] if data is None else data
     batches = [batches] if isinstance(batches, Tensor) else batches

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from bitlayers import TernaryLayer
-from bitlayers.utils import evaluating, ternary_layers
+from bitlayers.utils import check_finite, evaluating, ternary_layers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -72,17 +72,23 @@ def finetune(
         `loss`, `strength` and `learning_rate`, a number for each step.
 
     Raises:
-        QuantizationError: A value is impossible, there is nothing to train or to learn from, or the loss is
-            no number.
+        QuantizationError: A value is impossible, a weight holds NaN or infinity, there is nothing to train or
+            to learn from, or the loss is no number.
     """
     total = _steps_in(data, epochs, steps)
     _check(warmup=warmup, distillation=distillation)
+    if not 0 <= learning_rate < math.inf:
+        raise QuantizationError(f"learning_rate is {learning_rate!r}; it must be a number from 0 on.")
+    for name, value in (("temperature", temperature), ("max_grad_norm", max_grad_norm)):
+        if not value > 0:
+            raise QuantizationError(f"{name} is {value!r}; it must be above zero.")
     layers = list(ternary_layers(model).values())
     if not layers or any(layer.is_deployed for layer in layers):
         state = "none" if not layers else "some that are deployed"
         raise QuantizationError(
             f"finetune needs ternary layers with float weights, but the model has {state}."
         )
+    check_finite(model)
     device = device_of(model)
     own = optimizer or torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], learning_rate, weight_decay=0.0
