@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -80,7 +80,7 @@ def flatten_outputs(value: Any) -> tuple[str, dict[str, Any]]:
     """
     if is_tensor(value):
         return "tensor", {"output": value}
-    members: Any = value
+    members = cast("Any", value)
     if isinstance(value, Mapping):
         found = {str(name): one for name, one in members.items() if is_tensor(one)}
         if found:
@@ -89,4 +89,4 @@ def flatten_outputs(value: Any) -> tuple[str, dict[str, Any]]:
         found = {f"output_{place}": one for place, one in enumerate(members) if is_tensor(one)}
         if found:
             return "tuple", found
-    raise TypeError(f"the model gave {type(value).__name__}, which holds no tensor")
+    raise TypeError(f"the model gave {type(members).__name__}, which holds no tensor")

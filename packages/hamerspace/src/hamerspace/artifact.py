@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from hamerspace.exceptions import ArtifactError
 from hamerspace.models.info import Structure, TensorSpec, spec_from_dict
@@ -72,7 +72,7 @@ def manifest_from_dict(data: Any, where: str) -> Manifest:
             f"{where} has the format {data['format']!r}, and this version reads {FORMAT}; "
             "install a newer hamerspace"
         )
-    entries: Any = data
+    entries = cast("Any", data)
     try:
         known: dict[str, Any] = {name: value for name, value in entries.items() if name != "format"}
         for key in ("inputs", "outputs"):

@@ -329,7 +329,7 @@ def report(
             return
         from hamerspace.core.report import report_from_dict
 
-        typer.echo(str(report_from_dict(data)))
+        typer.echo(str(report_from_dict(cast("Any", data))))
 
 
 def main() -> None:

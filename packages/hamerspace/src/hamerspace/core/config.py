@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from hamerspace.artifact import digest_of, read_json, write_json
 from hamerspace.core.constraints import Constraints
@@ -74,7 +74,7 @@ def config_from_dict(data: Any, where: str) -> OptimizationConfig:
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:  # pyright: ignore[reportUnknownMemberType]
         raise ArtifactError(f"{where} is no configuration of hamerspace of the format {FORMAT}")
-    entries: Any = data
+    entries = cast("Any", data)
     given: dict[str, Any] = {str(name): value for name, value in entries.items() if name != "format"}
     if unknown := sorted(set(given) - {one.name for one in fields(OptimizationConfig)}):
         raise ArtifactError(f"{where} has unknown entries {unknown}")

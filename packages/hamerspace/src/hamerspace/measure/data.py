@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -94,7 +94,8 @@ def cut(feeds: Sequence[Feeds], info: ModelInfo, *, limit: int | None = None) ->
 
 
 def _is_batches(data: Any) -> bool:
-    return isinstance(data, list) and bool(data) and all(isinstance(one, Batch) for one in data)  # pyright: ignore[reportUnknownVariableType]
+    whole = cast("Any", data)
+    return isinstance(data, list) and bool(whole) and all(isinstance(one, Batch) for one in whole)
 
 
 def _items(data: Any, info: ModelInfo) -> Iterable[Any]:

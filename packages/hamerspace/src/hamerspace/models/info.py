@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,8 +152,8 @@ def shapes_of(input_shape: Any, names: Sequence[str]) -> list[tuple[int | str, .
 def _shape(given: Any, whole: Any) -> tuple[int | str, ...]:
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise ConstraintError(f"input_shape is {whole!r}; give lengths such as [1, 3, 224, 224]")
-    one: Any = given
-    return tuple(_length(length, axis, whole) for axis, length in enumerate(one))
+    lengths = cast("Any", given)
+    return tuple(_length(length, axis, whole) for axis, length in enumerate(lengths))
 
 
 def _length(length: Any, axis: int, whole: Any) -> int | str:
@@ -162,7 +162,7 @@ def _length(length: Any, axis: int, whole: Any) -> int | str:
     if isinstance(length, str):
         return length
     if isinstance(length, (int, np.integer)) and not isinstance(length, bool) and length > 0:
-        return int(length)
+        return int(cast("Any", length))
     raise ConstraintError(f"input_shape is {whole!r}; a length is an integer above 0, or None for any length")
 
 
