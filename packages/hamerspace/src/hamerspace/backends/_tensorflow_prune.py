@@ -40,11 +40,12 @@ def pruned_copy(model: Any, sparsity: float) -> tuple[Any, str]:
             "the model has no kernels to prune: no dense, convolutional or recurrent layers"
         )
     zeros = total = 0
-    for kernel in kernels:
-        values = without_smallest(np.asarray(kernel.numpy()), sparsity)
-        kernel.assign(values)
-        zeros += values.size - int(np.count_nonzero(values))
-        total += values.size
+    with quiet():
+        for kernel in kernels:
+            values = without_smallest(np.asarray(kernel.value.numpy()), sparsity)
+            kernel.assign(values)
+            zeros += values.size - int(np.count_nonzero(values))
+            total += values.size
     return copy, (
         f"{zeros:,} of {total:,} weights in {len(kernels)} kernels are zero; the file is smaller because it "
         "is compressed, while the model takes as much memory and as long as before"

@@ -34,7 +34,7 @@ def open_saved_model(path: Path) -> Endpoint:
 
 
 def endpoint_of(loaded: Any, where: str) -> Endpoint:
-    """Take the signature of what ``tf.saved_model.load`` gave.
+    """Take the signature of what ``tf.saved_model.load`` gave; it has its inputs in the order of their names.
 
     Raises:
         ModelError: there is none, or more than one and none of them is the usual.
@@ -48,13 +48,11 @@ def endpoint_of(loaded: Any, where: str) -> Endpoint:
         )
     function = signatures[key]
     inputs = function.structured_input_signature[1]
-    # The order of the function that was saved, which only this attribute still knows.
-    order = [name for name in getattr(function, "_arg_keywords", None) or () if name in inputs]
     outputs = tuple(function.structured_outputs)
     return Endpoint(
         function=function,
         owner=loaded,
-        inputs=tuple(order) if len(order) == len(inputs) else tuple(sorted(inputs)),
+        inputs=tuple(sorted(inputs)),
         outputs=outputs,
         structure="tensor" if len(outputs) == 1 else "dict",
     )

@@ -191,7 +191,8 @@ def trace_frozen(traced: Traced, inputs: Sequence[TensorSpec]) -> Traced:
     inlined, pattern = frozen(traced.function), traced.function.structured_outputs
 
     def call(tensors: Sequence[Any]) -> Any:
-        given = inlined(*tensors)
+        held = dict(zip([spec.name for spec in inputs], tensors, strict=True))
+        given = inlined(*[held[tensor.op.name] for tensor in inlined.inputs])
         return tf.nest.pack_sequence_as(pattern, given if isinstance(given, list) else [given])
 
     names = [spec.name for spec in traced.outputs]

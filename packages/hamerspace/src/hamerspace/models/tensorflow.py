@@ -145,10 +145,17 @@ def trace_model(
     names = [spec.name for spec in outputs]
     if not isinstance(model, Endpoint):
         return trace(caller_of(model), model, inputs, names or _output_names(model), structure)
-    names = names or unique(model.outputs)
+    # A SavedModel orders its inputs by name, whatever their order was: names count where they agree.
+    takes, gives = unique(model.inputs), unique(model.outputs)
+    names = names or gives
+    wanted = [spec.name for spec in inputs]
+    taken = wanted if set(wanted) == set(takes) else takes
+    given_as = gives if set(names) == set(gives) else names
 
     def call(tensors: Sequence[Any]) -> dict[str, Any]:
-        return dict(zip(names, model(tensors).values(), strict=True))
+        held = dict(zip(taken, tensors, strict=True))
+        given = dict(zip(given_as, model([held[name] for name in takes]).values(), strict=True))
+        return {name: given[name] for name in names}
 
     return trace(call, model.owner, inputs, names, structure or model.structure)
 
