@@ -98,6 +98,19 @@ def test_extremes_do_not_overflow(name):
     assert torch.equal(out[2], torch.zeros(17))
 
 
+@pytest.mark.parametrize("name", NATIVE)
+def test_sums_of_the_most_columns_fit_and_more_columns_are_refused(name):
+    kernel = serving(name)
+    columns = 1 << 19
+    packed = tiles.pack(torch.ones(1, columns, dtype=torch.int8))
+    out = kernel(torch.full((2, columns), 2.0), torch.ones(1), packed)
+    assert torch.equal(out, torch.full((2, 1), 127.0 * columns) * (torch.tensor(2.0) / 127))
+    assert "columns" in kernel.why_not(BitQuantConfig(), CPU, (1, columns + 1))
+    more = tiles.pack(torch.ones(1, columns + 16, dtype=torch.int8))
+    with pytest.raises(QuantizationError, match="columns"):
+        kernel(torch.ones(1, columns + 16), torch.ones(1), more)
+
+
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_finite_stays_in_its_row(name, dtype):

@@ -104,41 +104,55 @@ void finish_any(const bitcore_work *work, int64_t m, int64_t row, __m256i sums) 
 // Products of two codes and two activations are at most 508, so that 16 bits hold 64 of them: sixteen steps.
 constexpr int kShort = 16;
 
-template <int kHalves, int kRows>
-void some_inputs(const bitcore_work *work, int64_t tile, const uint8_t *bytes, int64_t m) {
+// Several rows of inputs and several half groups, 8 rows of the weight each, at once: as many sums as
+// the registers hold.
+template <int kHalves, int kRows, int kAtOnce>
+inline void some_halves(const bitcore_work *work, const uint8_t *bytes, const int8_t *codes, __m256i (*sums)[kAtOnce]) {
     const __m256i low = _mm256_set1_epi8(0x03), ones = _mm256_set1_epi16(1);
-    const int8_t *codes = work->codes + m * work->stride;
-    for (int h = 0; h < kHalves; ++h) {
-        __m256i acc[kRows];
-        for (int r = 0; r < kRows; ++r) acc[r] = _mm256_setzero_si256();
-        for (int64_t start = 0; start < work->steps; start += kShort) {
-            __m256i few[kRows];
-            for (int r = 0; r < kRows; ++r) few[r] = _mm256_setzero_si256();
-            const int64_t end = bitcore_min(start + kShort, work->steps);
-            for (int64_t s = start; s < end; ++s) {
-                const __m256i packed =
-                    _mm256_loadu_si256(reinterpret_cast<const __m256i *>(bytes + (s * kHalves + h) * 32));
+    for (int64_t start = 0; start < work->steps; start += kShort) {
+        __m256i few[kRows][kAtOnce];
+        for (int r = 0; r < kRows; ++r)
+            for (int h = 0; h < kAtOnce; ++h) few[r][h] = _mm256_setzero_si256();
+        const int64_t end = bitcore_min(start + kShort, work->steps);
+        for (int64_t s = start; s < end; ++s) {
+            const uint8_t *step = bytes + s * kHalves * 32;
+            __m256i quads[kRows][4];
+            for (int r = 0; r < kRows; ++r)
+                for (int p = 0; p < 4; ++p) {
+                    int32_t quad;
+                    memcpy(&quad, codes + r * work->stride + 16 * s + 4 * p, 4);
+                    quads[r][p] = _mm256_set1_epi32(quad);
+                }
+            for (int h = 0; h < kAtOnce; ++h) {
+                const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(step) + h);
                 for (int p = 0; p < 4; ++p) {
                     const __m256i weights = _mm256_and_si256(p ? _mm256_srli_epi16(packed, 2 * p) : packed, low);
-                    for (int r = 0; r < kRows; ++r) {
-                        int32_t quad;
-                        memcpy(&quad, codes + r * work->stride + 16 * s + 4 * p, 4);
-                        few[r] = _mm256_add_epi16(few[r], _mm256_maddubs_epi16(weights, _mm256_set1_epi32(quad)));
-                    }
+                    for (int r = 0; r < kRows; ++r)
+                        few[r][h] = _mm256_add_epi16(few[r][h], _mm256_maddubs_epi16(weights, quads[r][p]));
                 }
             }
-            for (int r = 0; r < kRows; ++r)
-                acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(few[r], ones));
         }
-        for (int r = 0; r < kRows; ++r) finish_any(work, m + r, tile * 64 + 8 * h, acc[r]);
+        for (int r = 0; r < kRows; ++r)
+            for (int h = 0; h < kAtOnce; ++h)
+                sums[r][h] = _mm256_add_epi32(sums[r][h], _mm256_madd_epi16(few[r][h], ones));
+    }
+}
+
+template <int kHalves, int kRows, int kAtOnce>
+void some_inputs(const bitcore_work *work, int64_t tile, const uint8_t *bytes, int64_t m) {
+    for (int first = 0; first < kHalves; first += kAtOnce) {
+        __m256i sums[kRows][kAtOnce] = {};
+        some_halves<kHalves, kRows, kAtOnce>(work, bytes + first * 32, work->codes + m * work->stride, sums);
+        for (int r = 0; r < kRows; ++r)
+            for (int h = 0; h < kAtOnce; ++h) finish_any(work, m + r, tile * 64 + 8 * (first + h), sums[r][h]);
     }
 }
 
 template <int kHalves>
 void tile_of(const bitcore_work *work, int64_t tile, const uint8_t *bytes) {
     int64_t m = 0;
-    for (; m + 4 <= work->inputs; m += 4) some_inputs<kHalves, 4>(work, tile, bytes, m);
-    for (; m < work->inputs; ++m) some_inputs<kHalves, 1>(work, tile, bytes, m);
+    for (; m + 4 <= work->inputs; m += 4) some_inputs<kHalves, 4, 2>(work, tile, bytes, m);
+    for (; m < work->inputs; ++m) some_inputs<kHalves, 1, kHalves>(work, tile, bytes, m);
 }
 
 void tiles(const bitcore_work *work, int64_t begin, int64_t end, void *) {

@@ -107,8 +107,9 @@ inline void one_input(const uint8_t *tile, int64_t steps, const int8_t *codes, _
         for (int g = 0; g < kGroups; ++g) packed[g] = _mm512_loadu_si512(tile + 64 * g);
         for (int p = 0; p < 4; ++p) {
             const __m512i quad = _mm512_set1_epi32(quads[p]);
-            for (int g = 0; g < kGroups; ++g)
-                acc[p][g] = _mm512_dpbusd_epi32(acc[p][g], _mm512_and_si512(packed[g], masks[p]), quad);
+            __m512i weights[kGroups];
+            for (int g = 0; g < kGroups; ++g) weights[g] = _mm512_and_si512(packed[g], masks[p]);
+            for (int g = 0; g < kGroups; ++g) acc[p][g] = _mm512_dpbusd_epi32(acc[p][g], weights[g], quad);
         }
     }
     for (int g = 0; g < kGroups; ++g)

@@ -6,28 +6,31 @@ namespace {
 
 constexpr int kInputs = 6;  // 24 sums, four weights and one quad of activations fill the registers.
 
-// Several rows of inputs at once, whose weights are unpacked once for all of them.
+// Several rows of inputs at once. The columns of a byte are taken from the last to the first, each in a pass of its
+// own: masked in place they are 64, 16, 4 and 1 times their codes, and the sums are shifted between the passes, so
+// that the innermost loop has no shifts.
 template <int kGroups, int kRows>
 void some_inputs(const bitcore_work *work, int64_t tile, const uint8_t *bytes, int64_t m) {
-    const __m512i low = _mm512_set1_epi8(0x03);
     __m512i acc[kRows][kGroups];
     for (int r = 0; r < kRows; ++r)
         for (int g = 0; g < kGroups; ++g) acc[r][g] = _mm512_setzero_si512();
-    const int8_t *codes = work->codes + m * work->stride;
-    for (int64_t s = 0; s < work->steps; ++s, bytes += 64 * kGroups) {
-        __m512i packed[kGroups];
-        for (int g = 0; g < kGroups; ++g) packed[g] = _mm512_loadu_si512(bytes + 64 * g);
-        for (int p = 0; p < 4; ++p) {
+    for (int p = 3; p >= 0; --p) {
+        const __m512i mask = _mm512_set1_epi8(char(3 << 2 * p));
+        const int8_t *codes = work->codes + m * work->stride + 4 * p;
+        const uint8_t *step = bytes;
+        for (int64_t s = 0; s < work->steps; ++s, step += 64 * kGroups, codes += 16) {
             __m512i weights[kGroups];
-            for (int g = 0; g < kGroups; ++g)
-                weights[g] = _mm512_and_si512(p ? _mm512_srli_epi16(packed[g], 2 * p) : packed[g], low);
+            for (int g = 0; g < kGroups; ++g) weights[g] = _mm512_and_si512(_mm512_loadu_si512(step + 64 * g), mask);
             for (int r = 0; r < kRows; ++r) {
                 int32_t quad;
-                memcpy(&quad, codes + r * work->stride + 16 * s + 4 * p, 4);
+                memcpy(&quad, codes + r * work->stride, 4);
                 for (int g = 0; g < kGroups; ++g)
                     acc[r][g] = _mm512_dpbusd_epi32(acc[r][g], weights[g], _mm512_set1_epi32(quad));
             }
         }
+        if (p)
+            for (int r = 0; r < kRows; ++r)
+                for (int g = 0; g < kGroups; ++g) acc[r][g] = _mm512_srai_epi32(acc[r][g], 2);
     }
     for (int r = 0; r < kRows; ++r)
         for (int g = 0; g < kGroups; ++g) finish_any(work, m + r, tile * 64 + 16 * g, acc[r][g]);

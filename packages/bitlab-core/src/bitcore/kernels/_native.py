@@ -18,6 +18,8 @@ from bitcore.kernels.base import BitKernelBase
 
 LIBRARY = Path(__file__).parent.parent / "_native" / "libbitcore.so"
 """Where the build puts it."""
+_MOST_COLUMNS = 1 << 19
+"""So many add up in 32 bits: a quarter of them, by codes that are up to 2 and still shifted by 6 bits."""
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -90,13 +92,15 @@ class NativeKernel(BitKernelBase):
         self,
         config: BitQuantConfig,
         device: torch.device,
-        shape: tuple[int, int] | None = None,  # noqa: ARG002
+        shape: tuple[int, int] | None = None,
     ) -> str | None:
         """Return why it cannot serve; see `BitKernelBase`."""
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device.type}"
         if not config.quantizes_activations:
             return "it needs activations of 8 bits"
+        if shape is not None and shape[1] > _MOST_COLUMNS:
+            return f"it takes up to {_MOST_COLUMNS} columns"
         missing = missing_library()
         if missing is not None:
             return missing
@@ -121,6 +125,8 @@ class NativeKernel(BitKernelBase):
         def layer_of(x: Tensor) -> tuple[int, int, _Layer, Tensor | None]:
             check_operands(x, scale, packed, bias)
             dtype, columns = x.dtype, x.shape[-1]
+            if columns > _MOST_COLUMNS:
+                raise QuantizationError(f"{self.name} takes up to {_MOST_COLUMNS} columns, not {columns}.")
             own_bias = None if bias is None else bias.detach().to(dtype).contiguous()
             layer = _Layer(
                 qweight=packed.data_ptr(),
