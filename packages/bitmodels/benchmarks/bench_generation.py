@@ -27,11 +27,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[size for size, _, _ in SIZES])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows, results = [], []
     for size, inner, layers in SIZES:
+        if size not in options.sizes:
+            continue
         config = BitTransformerConfig(
             vocab_size=options.vocabulary,
             hidden_size=size,
