@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -18,6 +18,11 @@ from hamerspace.artifact import SIDECAR, Manifest, check_files, inside
 from hamerspace.exceptions import ArtifactError
 from hamerspace.models.info import Array, Feeds, TensorSpec
 from hamerspace.runtimes.base import Runner, RunOptions
+
+_VECTORS: Final = (
+    "amx", "avx", "bmi", "f16c", "fma", "sse", "ssse", "dotprod", "fullfp16", "i8mm", "neon", "sve"
+)  # fmt: skip
+"""How LLVM's names of the instructions in kernels begin; its other names say how a CPU is best used."""
 
 
 class TVMRunner(Runner):
@@ -103,7 +108,7 @@ def open_runner(manifest: Manifest, folder: Path, options: RunOptions) -> Runner
 
 
 def lacking_features(cpu: str) -> list[str]:
-    """Names of instruction sets that a kind of CPU has and this machine's lacks; LLVM's names of both."""
+    """Vector instructions that a kind of CPU has and this machine's lacks; LLVM's names of both."""
     codegen, target = need("tvm.target.codegen"), need("tvm").target.Target
     here = str(codegen.llvm_get_system_cpu())
     if not cpu or cpu == here:
@@ -118,4 +123,4 @@ def lacking_features(cpu: str) -> list[str]:
         }
         for name in (cpu, here)
     )
-    return sorted(there - mine)
+    return sorted(name for name in there - mine if name.startswith(_VECTORS))
