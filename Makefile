@@ -52,6 +52,10 @@ demo: .venv/.synced ## From raw text to written text in about 5 minutes; TEXT= a
 test: .venv/.synced ## Run the tests with coverage, of one package with P=name; ARGS= goes to pytest
 	$(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(P:%=packages/%) $(patsubst %,--cov=packages/%/src,$(or $(P),$(PACKAGES))) $(ARGS)
 
+.PHONY: optimum-onnx
+optimum-onnx: .venv-optimum-onnx/.synced ## Run hamerspace's tests of optimum-onnx, which needs an environment of its own
+	.venv-optimum-onnx/bin/python -m pytest packages/hamerspace/tests/test_optimum_backend.py $(ARGS)
+
 ##@ Before a change goes in
 .PHONY: check lint types boundaries locked rules
 check: lint types boundaries locked rules ## Lint, format, types, import boundaries, lock file, workspace rules
@@ -132,7 +136,7 @@ bump: .venv/.synced ## Raise the version of a package: make bump P=av-memory PAR
 .PHONY: clean
 clean: ## Remove what was built and the caches; with ALL=1 the environments too (never runs/)
 	rm -rf build dist site htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -rf $(if $(ALL),.venv .venv-bench .venv-docs .uv)
+	rm -rf $(if $(ALL),.venv .venv-bench .venv-docs .venv-optimum-onnx .uv)
 	find . -name __pycache__ -not -path './.*' -prune -exec rm -rf {} +
 
 .uv/%/bin/uv:
@@ -142,6 +146,10 @@ clean: ## Remove what was built and the caches; with ALL=1 the environments too 
 
 .venv/.synced: $(MANIFESTS) | $(filter .uv/%,$(UV))
 	$(UV) sync --locked
+	@touch $@
+
+.venv-optimum-onnx/.synced: $(MANIFESTS) | $(filter .uv/%,$(UV))
+	UV_PROJECT_ENVIRONMENT=.venv-optimum-onnx $(UV) sync --locked --no-group members --group optimum-onnx
 	@touch $@
 
 .venv-bench/.synced: $(MANIFESTS) | $(filter .uv/%,$(UV))
