@@ -139,7 +139,7 @@ def run_script(
         done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=environment)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{log.read_text()[-3000:]}")
-    log.unlink()
+    log.unlink(missing_ok=True)
 
 
 def quantize(

@@ -27,7 +27,7 @@ from auto_round.exceptions import (
     QuantizationError,
 )
 from auto_round.export._auto_round import read_layer
-from auto_round.quantization import _autoround, _walk
+from auto_round.quantization import QuantizationReport, _autoround, _walk
 from auto_round.quantization._quantized import QuantizedWeight
 from auto_round.quantization._rtn import quantize_rtn
 from safetensors.torch import load_file, save_file
@@ -255,6 +255,27 @@ def test_what_can_be_known_is_said_at_once(
     given = fields.pop("given", "ids")
     with pytest.raises(error, match=match):
         quick.open(llama, given, **fields)
+
+
+def test_a_path_that_cannot_be_is_refused_before_the_work(llama: str, quick: Quick) -> None:
+    rounder = quick.open(llama)
+    for path in ("", "a\0b"):
+        with pytest.raises(ConfigurationError, match="a path that is not empty and has no zero byte"):
+            rounder.quantize_and_save(path)
+    with pytest.raises(QuantizationError, match="nothing is quantised yet"):
+        _ = rounder.report
+
+
+def test_on_a_gpu_no_more_samples_at_once_than_the_configuration_allows(
+    llama: str, quick: Quick, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(_autoround, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(_autoround, "choose_dtype", lambda device: torch.bfloat16)
+    for limit, at_once in ((3, 3), (8, 4)):
+        rounder = quick.open(llama, memory={"gpu_batch_size": limit}, batch_size=4, compile=False)
+        report = QuantizationReport(model=llama, configuration={})
+        means = rounder._plan(quick.ids, tmp_path, report)
+        assert (means.device.type, means.micro_batch) == ("cuda", at_once)
 
 
 def test_a_head_is_quantised_where_it_is_named_and_its_own(
@@ -691,14 +712,14 @@ from auto_round.export._shards import write_shards
 def slow(folder, plan, most):
     write_shards(folder, plan, most)
     pathlib.Path({str(tmp_path)!r}, "mark").touch()
-    time.sleep(60)
+    time.sleep(180)
 _fake.write_shards = slow
 config = {{"quantization": {{"iters": 0, "group_size": 32}}}}
 AutoRound({llama!r}, config=config, progress=False).quantize_and_save({str(tmp_path / "out")!r}, "fake")
 """
     process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while not (tmp_path / "mark").exists() and process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
         assert (tmp_path / "mark").exists()

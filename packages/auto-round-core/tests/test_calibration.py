@@ -491,6 +491,8 @@ def test_ids_outside_the_vocabulary_are_refused(bpe):
 def test_text_needs_a_tokenizer_and_does_not_mix_with_ids():
     with pytest.raises(CalibrationError, match=r"item \d of .* is text, and there is no tokenizer"):
         draw(["some text", "more"])
+    with pytest.raises(CalibrationError, match=r"The tokenizer is a str.*AutoTokenizer"):
+        draw(["some text", "more"], tokenizer="models/small")
     with pytest.raises(CalibrationError, match="give one kind alone"):
         draw_text(["a text of some length", [1, 2, 3, 4, 5, 6, 7, 8]])
     with pytest.raises(CalibrationError, match=r"has a list in the field 'text'"):

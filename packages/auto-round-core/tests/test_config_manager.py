@@ -309,6 +309,9 @@ def test_where_save_writes(tmp_path, monkeypatch):
     assert loaded.save() == tmp_path / "named.json"
     with pytest.raises(ConfigurationError, match="is a folder; name a file in it"):
         config.save(tmp_path)
+    for path in ("", "a\0b"):
+        with pytest.raises(ConfigurationError, match="a path that is not empty and has no zero byte"):
+            config.save(path)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

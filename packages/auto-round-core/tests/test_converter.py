@@ -212,6 +212,10 @@ def test_what_cannot_be_is_said_at_once(folder: Path, tmp_path: Path) -> None:
         ModelConverter(tmp_path / "missing")
     with pytest.raises(ConfigurationError, match="device is 'tpu'"):
         ModelConverter(folder, device="tpu")
+    with pytest.raises(
+        CheckpointError, match=r"describes no model that BertModel can build: .*type_vocab_size"
+    ):
+        ModelConverter(folder, transformers.BertModel, device="cpu").load_empty_model()
 
 
 # --- the disk ---------------------------------------------------------------------------------------------

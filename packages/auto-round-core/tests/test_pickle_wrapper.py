@@ -186,6 +186,22 @@ def test_tensors_by_name_and_prefix(checkpoint: Any) -> None:
         checkpoint("head.weight", fix_imports=True)
 
 
+def test_an_index_leads_to_the_right_shard_and_no_other_is_opened(tmp_path: Path) -> None:
+    state = {"head.weight": torch.ones(2), "model.a.weight": torch.zeros(3), "model.b.weight": torch.ones(3)}
+    files = ("one.bin", "two.bin", "three.bin")
+    torch.save({"head.weight": state["head.weight"]}, tmp_path / files[0])
+    torch.save({"model.a.weight": state["model.a.weight"]}, tmp_path / files[1])
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": dict(zip(state, files, strict=True))}))
+    for path in (index, tmp_path):
+        assert torch.equal(load(path, "head.weight"), state["head.weight"])
+        assert torch.equal(load(path, "model.head.weight", prefix="model"), state["head.weight"])
+        assert list(load(path, prefix="model.a")) == ["model.a.weight"]
+        for asked in ({"tensor_name": "model.b.weight"}, {"prefix": "model"}, {"tensor_name": "none"}, {}):
+            with pytest.raises(CheckpointError, match=r"three\.bin does not exist"):
+                load(path, **asked)
+
+
 def test_tied_tensors_stay_tied(tmp_path: Path) -> None:
     torch.save(state_dict(), tmp_path / "pytorch_model.bin")
     for found in (load(tmp_path), load(tmp_path / "pytorch_model.bin")):

@@ -16,7 +16,8 @@ INT4 = LayerSettings(bits=4, group_size=32, symmetric=True, weight_dtype="int")
 
 
 def layer(name: str, weights: int, bits: float, sqnr: float = 20.0) -> LayerReport:
-    return LayerReport(name=name, settings=INT4, weights=weights, sqnr_db=sqnr, stored_bits=bits)
+    figures = {"weights": weights, "sqnr_db": sqnr, "loss": 0.25, "stored_bits": bits}
+    return LayerReport(name=name, settings=INT4, **figures)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -27,6 +28,7 @@ def test_signal_to_noise_is_that_of_numpy(dtype: torch.dtype) -> None:
     report = layer_report("a", weight, quantised)
     w, q = weight.double().numpy(), quantised.dequantize().double().numpy()
     assert report.sqnr_db == pytest.approx(10 * np.log10((w**2).sum() / ((w - q) ** 2).sum()), rel=1e-9)
+    assert report.loss == pytest.approx(((w - q) ** 2).mean(), rel=1e-9)
     assert (report.name, report.settings, report.weights) == ("a", INT4, 20000 * 64)
 
 
@@ -105,6 +107,6 @@ def test_json_holds_everything_and_no_figure_that_json_lacks(tmp_path: Path) -> 
         "symmetric": True,
         "weight_dtype": "int",
     }
-    assert block["layers"][0]["sqnr_db"] is None
+    assert (block["layers"][0]["sqnr_db"], block["layers"][0]["loss"]) == (None, 0.25)
     assert (found["memory"], found["notes"]) == ([[0.5, 70.0]], ["é"])
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

@@ -23,7 +23,8 @@ KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
 
 
 def layer(name: str, sqnr_db: float = 12.0, weights: int = 4096, stored_bits: float = 2.5625) -> LayerReport:
-    return LayerReport(name=name, settings=W2, weights=weights, sqnr_db=sqnr_db, stored_bits=stored_bits)
+    figures = {"weights": weights, "sqnr_db": sqnr_db, "loss": 1.25e-3, "stored_bits": stored_bits}
+    return LayerReport(name=name, settings=W2, **figures)
 
 
 def block(index: int, kinds: tuple[str, ...] = KINDS, **values: object) -> BlockReport:
@@ -61,6 +62,7 @@ def report() -> QuantizationReport:
             settings=LayerSettings(bits=8, group_size=-1, symmetric=True, weight_dtype="int"),
             weights=32_000,
             sqnr_db=44.125,
+            loss=3.5e-7,
             stored_bits=8.5,
         )
     ]
@@ -93,6 +95,7 @@ def test_every_layer_is_there_with_its_numbers(report):
         assert row[2] == str(one.settings.bits)
         assert float(row[6]) == pytest.approx(one.stored_bits, abs=5.1e-4)
         assert int(row[7].replace(",", "")) == one.weights
+        assert float(row[8]) == one.loss
     assert shown[0][2:6] == ["2", "32", "int", "yes"]
     assert shown[-1][2:6] == ["8", "row", "int", "no"]
 

@@ -524,6 +524,17 @@ def test_a_missing_tensor_is_named(saved: Callable[[str], Path], tmp_path: Path)
         opened(tmp_path)
 
 
+def test_a_shard_that_the_index_leaves_out_is_named(tmp_path: Path) -> None:
+    small_model("llama").save_pretrained(tmp_path, max_shard_size="60KB")
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shard = content["weight_map"]["model.layers.1.mlp.up_proj.weight"]
+    content["weight_map"] = {name: file for name, file in content["weight_map"].items() if file != shard}
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"no tensor for .*its index places no tensor in '{shard}'"):
+        opened(tmp_path)
+
+
 def test_a_missing_expert_is_named(saved: Callable[[str], Path], tmp_path: Path) -> None:
     shutil.copytree(saved("mixtral"), tmp_path, dirs_exist_ok=True)
     prefix = "model.layers.0.block_sparse_moe.experts"
@@ -573,6 +584,33 @@ def test_quantised_weights_are_refused(saved: Callable[[str], Path], tmp_path: P
         empty_model(tmp_path)
 
 
+def test_integers_are_not_taken_for_weights(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj"
+    shutil.copytree(saved("llama"), tmp_path / "int8")
+    cast = torch.float8_e4m3fn
+    change_tensors(
+        tmp_path / "int8",
+        lambda tensors: tensors.update({f"{name}.weight": torch.ones(32, 48).to(torch.int8)}),
+    )
+    with pytest.raises(
+        CheckpointError, match=rf"model\.safetensors: tensor '{name}\.weight' holds torch\.int8"
+    ):
+        opened(tmp_path / "int8")
+    # Floats of 8 bits may be the weights themselves, unless there are scales to multiply them by.
+    shutil.copytree(saved("llama"), tmp_path / "fp8")
+    change_tensors(
+        tmp_path / "fp8", lambda tensors: tensors.update({f"{name}.weight": torch.ones(32, 48).to(cast)})
+    )
+    assert float(opened(tmp_path / "fp8").read(f"{name}.weight").mean()) == 1
+    change_tensors(
+        tmp_path / "fp8", lambda tensors: tensors.update({f"{name}.weight_scale_inv": torch.ones(1, 1)})
+    )
+    with pytest.raises(
+        CheckpointError, match=r"holds torch\.float8_e4m3fn, where the model has floating-point"
+    ):
+        opened(tmp_path / "fp8")
+
+
 def test_names_that_the_model_lacks_are_refused(saved: Callable[[str], Path]) -> None:
     weights = opened(saved("llama"))
     with pytest.raises(CheckpointError, match=r"did you mean .*'model\.norm\.weight'"):
@@ -613,6 +651,9 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
         empty_model(tmp_path / "file")
     with pytest.raises(CheckpointError, match="hf download nobody/nothing-of-this-name"):
         empty_model("nobody/nothing-of-this-name")
+    for path in ("", "a\0b"):
+        with pytest.raises(CheckpointError, match="is empty or has a zero byte"):
+            empty_model(path)
 
 
 def test_remote_code_runs_only_when_asked_for(saved: Callable[[str], Path], tmp_path: Path) -> None:

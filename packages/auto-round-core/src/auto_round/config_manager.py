@@ -205,12 +205,12 @@ class AutoRoundConfig:
                 one, `auto_round_config.json` in `export.export_path`.
 
         Raises:
-            ConfigurationError: `path` is None and there is neither, or it is a folder.
+            ConfigurationError: `path` is None and there is neither, it is a folder, or it is no path.
             OSError: It cannot be written.
         """
         state, target = self._state, self._file
         if path is not None:
-            target = Path(os.fspath(path))
+            target = Path(checked_path(path, "path") or "")
         elif target is None:
             if state.export.export_path is None:
                 raise ConfigurationError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +73,21 @@ class CheckpointReader:
             of such an index without it; or such an index; or one file of safetensors or torch, whatever its
             name. In a file of torch the tensors at the top of a state dict count, and nothing else does. Of a
             shard the tensors count that the index places in it.
+        only: Given the names in an index, returns those that are wanted; the others do not count, and shards
+            that have none of the wanted are not opened. Where it returns none, all count.
 
     Raises:
         CheckpointError: A part is missing or damaged; the message names the file and the tensor.
         UnsafeFileError: A file of torch names code other than what rebuilds tensors; nothing of it was run.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        only: Callable[[Collection[str]], Collection[str]] | None = None,
+    ) -> None:
+        self._only = only
         self._open(Path(path), None)
 
     @classmethod
@@ -89,6 +98,7 @@ class CheckpointReader:
             CheckpointError: As for a path.
         """
         reader = cls.__new__(cls)
+        reader._only = None
         reader._open(source.path, source)
         return reader
 
@@ -184,6 +194,17 @@ class CheckpointReader:
         self._find(name)
         return self._shares.get(name)
 
+    def unnamed_shards(self) -> list[str]:
+        """Return the names of numbered shards that belong to those that have tensors, and have none."""
+        used = {path.name for path in self._files.values()}
+        found: set[str] = set()
+        for name in used:
+            if any(pattern.fullmatch(name) for pattern in _SHARDS):
+                start, _, end = name.rpartition("-of-")
+                total, width = int(end.split(".")[0]), len("-00001")
+                found |= {f"{start[:-width]}-{number:05}-of-{end}" for number in range(1, total + 1)}
+        return sorted(found - used)
+
     def close(self) -> None:
         """Close all files; a read in another thread still ends."""
         for source in self._sources:
@@ -242,6 +263,9 @@ class CheckpointReader:
 
     def _open_index(self, index: Path) -> None:
         files = _read_index(index)
+        wanted = self._only(files) if self._only is not None else ()
+        if wanted:
+            files = {name: files[name] for name in files if name in wanted}
         held: dict[str, dict[str, StoredTensor | WholeOnly]] = {}
         for name, file_name in files.items():
             path = index.parent / file_name

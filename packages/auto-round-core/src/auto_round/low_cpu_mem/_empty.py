@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import re
 import threading
 from collections.abc import Callable, Generator
@@ -50,6 +51,11 @@ def model_folder(path: str | PathLike[str]) -> Path:
         CheckpointError: There is no such folder, and no such model in the local cache of the hub.
     """
     folder = Path(path)
+    if not os.fspath(path) or "\0" in str(folder):
+        raise CheckpointError(
+            f"the path {shown(path)} is empty or has a zero byte; give the folder that has the model's "
+            "config.json."
+        )
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -114,7 +120,7 @@ def empty_model(
     with _parameters_on_meta(transformers.PreTrainedModel):
         try:
             model = _build_without_memory(functools.partial(make, config, **options))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder / 'config.json'} describes no model that {chosen.__name__} can build: {error}"
             ) from error

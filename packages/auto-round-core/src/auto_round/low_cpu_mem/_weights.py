@@ -23,7 +23,15 @@ from auto_round.low_cpu_mem._streamed import StreamedWeight
 __all__ = ["ModelWeights", "Piece"]
 
 _COMPARED_BYTES = 1 << 22
-_QUANTISED_ENDINGS = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".SCB", ".absmax")
+_QUANTISED_ENDINGS = (
+    ".qweight",
+    ".qzeros",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".SCB",
+    ".absmax",
+)
 
 
 class ModelWeights:
@@ -41,8 +49,8 @@ class ModelWeights:
         reader: The checkpoint; it stays the caller's to close.
 
     Raises:
-        CheckpointError: A tensor is missing or has another shape; the message names the first, with both
-            shapes.
+        CheckpointError: A tensor is missing, has another shape, or holds integers where the model has floats;
+            the message names the first, with both shapes.
     """
 
     def __init__(self, model: nn.Module, reader: CheckpointReader) -> None:
@@ -60,10 +68,12 @@ class ModelWeights:
         self._tied = {alias: name for name, aliases in self._aliases.items() for alias in aliases}
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         self._specs: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        scales = [key for key in self.unused if key.endswith(_QUANTISED_ENDINGS)]
         for name, aliases in self._aliases.items():
             stored = next((pieces[alias] for alias in aliases if alias in pieces), None)
             if stored is None:
                 raise CheckpointError(_missing(name, reader, self.unused))
+            _check_floats(tensors[name], stored, reader, scales)
             self._pieces[name] = stored
             self._specs[name] = (tensors[name].shape, tensors[name].dtype)
         self.names = tuple(self._pieces)
@@ -345,4 +355,22 @@ def _missing(name: str, reader: CheckpointReader, unused: tuple[str, ...]) -> st
     near = difflib.get_close_matches(name, unused, n=3)
     if near:
         return f"{text}; it has {' and '.join(map(shown, near))}, for which the model has no place."
+    shards = reader.unnamed_shards()
+    if shards:
+        return f"{text}, and its index places no tensor in {shown(shards[0])}, which may be where it is."
     return f"{text}; another model_class may be what was saved."
+
+
+def _check_floats(
+    tensor: Tensor, pieces: tuple[Piece, ...], reader: CheckpointReader, scales: list[str]
+) -> None:
+    """Refuse integers, or 8-bit floats that have scales, where the model wants floating-point numbers."""
+    if not tensor.is_floating_point():
+        return
+    for piece in pieces:
+        stored = reader.info(piece.source)
+        if not stored.dtype.is_floating_point or (stored.dtype.itemsize == 1 and scales):
+            raise CheckpointError(
+                f"{stored.file}: tensor {shown(piece.source)} holds {stored.dtype}, where the model has "
+                "floating-point weights; give the floating-point checkpoint that it was made from."
+            )

@@ -5,11 +5,12 @@ What is read is not run: see `load`.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -85,7 +86,8 @@ def load(
                     f"allow_unsafe and arguments of pickle are for one file, and {path} stands for several; "
                     f"load its files one by one."
                 )
-            with CheckpointReader(path) as reader:
+            only = functools.partial(_wanted, tensor_name=tensor_name, prefix=prefix)
+            with CheckpointReader(path, only=only) as reader:
                 return _select(reader, tensor_name, prefix, map_location)
         source: Source = FileSource(path)
     else:
@@ -230,6 +232,13 @@ def _select(reader: CheckpointReader, tensor_name: str | None, prefix: str | Non
     return found
 
 
+def _wanted(names: Collection[str], *, tensor_name: str | None, prefix: str | None) -> Collection[str]:
+    """Return what is asked for by name or prefix of the names in an index."""
+    if tensor_name is not None:
+        return {_known_name(names, tensor_name, prefix)} & set(names)
+    return {name for name in names if _is_below(name, prefix)} if prefix else ()
+
+
 def _known_name(names: Any, name: str, prefix: str | None) -> str:
     if prefix:
         start = prefix.rstrip(".") + "."
@@ -242,11 +251,15 @@ def _known_name(names: Any, name: str, prefix: str | None) -> str:
 def _with_prefix(names: Any, prefix: str | None, path: Path) -> list[str]:
     if not prefix:
         return list(names)
-    start = prefix.rstrip(".")
-    found = [name for name in names if name == start or str(name).startswith(start + ".")]
+    found = [name for name in names if _is_below(name, prefix)]
     if not found:
         raise CheckpointError(f"{path} has no tensors below {shown(prefix)}; it has {shown(tuple(names))}.")
     return found
+
+
+def _is_below(name: object, prefix: str) -> bool:
+    start = prefix.rstrip(".")
+    return name == start or str(name).startswith(start + ".")
 
 
 def _device(map_location: Any) -> torch.device:

@@ -15,6 +15,7 @@ import torch
 from av_memory import tune_allocator
 from torch import Tensor, nn
 
+from auto_round._config_base import checked_path
 from auto_round._files import shown
 from auto_round.config_manager import AutoRoundConfig, LayerSettings, get_config
 from auto_round.exceptions import CalibrationError, ConfigurationError, QuantizationError
@@ -250,7 +251,7 @@ class AutoRound:
     @staticmethod
     def _folders(config: AutoRoundConfig, path: str | PathLike[str] | None) -> list[tuple[str, Path]]:
         """Return the formats and the folder of each."""
-        given = config.export.export_path if path is None else path
+        given = config.export.export_path if path is None else checked_path(path, "path")
         if given is None:
             raise ConfigurationError(
                 "there is no folder to write to: give a path, or set export.export_path."

@@ -249,10 +249,12 @@ def _text_of(element: Element) -> str:
 
 def _encoder(tokenizer: Any) -> Callable[[str], object]:
     call: Any = tokenizer if callable(tokenizer) else getattr(tokenizer, "encode", None)
-    if call is None:
+    # Text has an `encode` as well, of another kind.
+    if call is None or isinstance(tokenizer, str):
         raise CalibrationError(
             f"The tokenizer is a {type(tokenizer).__name__}, which can neither be called with text nor has "
-            "encode; give the model's tokenizer."
+            "an encode that makes tokens; give the model's tokenizer, such as "
+            "AutoTokenizer.from_pretrained(folder)."
         )
     try:
         parameters = inspect.signature(call).parameters

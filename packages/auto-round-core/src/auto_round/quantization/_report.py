@@ -29,6 +29,8 @@ class LayerReport:
     """How many weights it has."""
     sqnr_db: float
     """Signal to noise of its weights, 10 log10(sum w**2 / sum (w - w_q)**2); infinite where exact."""
+    loss: float
+    """Mean squared error of its weights. What they do to the block's output is in the block's losses."""
     stored_bits: float
     """Bits for each weight, scales and zero points included."""
 
@@ -152,6 +154,7 @@ def layer_report(name: str, weight: WeightRows, quantized: QuantizedWeight) -> L
         settings=quantized.settings,
         weights=count,
         sqnr_db=sqnr,
+        loss=noise / count,
         stored_bits=_stored_bits(quantized) / count,
     )
 

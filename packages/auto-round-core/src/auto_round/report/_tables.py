@@ -13,7 +13,7 @@ from auto_round._text import count, figure, printable, recovered
 from auto_round.quantization._report import BlockReport
 from auto_round.report._entries import Entry, by_kind, colour_classes, described
 
-_LAYER_BYTES, _BLOCK_BYTES, _SETTING_BYTES = 1_700_000, 150_000, 100_000
+_LAYER_BYTES, _BLOCK_BYTES, _SETTING_BYTES = 1_900_000, 150_000, 100_000
 _MOST_KINDS = 60
 _LONGEST_NAME, _LONGEST_VALUE = 160, 600
 _SHOWN_LEFT_OUT = "The report as JSON has them all."
@@ -64,7 +64,7 @@ def with_room(entries: Sequence[Entry]) -> tuple[list[Entry], str]:
         if more
         else ""
     )
-    heads = ("Layer", "SQNR, dB", "Bits", "Group", "Type", "Zero point", "Bits stored", "Weights")
+    heads = ("Layer", "SQNR, dB", "Bits", "Group", "Type", "Zero point", "Bits stored", "Weights", "Loss")
     return [entries[number] for number in kept], _table("layers", heads, [rows[n] for n in kept], note)
 
 
@@ -156,6 +156,7 @@ def _layer_row(entry: Entry) -> str:
         "no" if settings.symmetric else "yes",
         f"{layer.stored_bits:.3f}",
         f"{layer.weights:,}",
+        figure(layer.loss, 3),
     )
     return _row(layer.name, cells, style="low" if entry.stands_out else "")
 
