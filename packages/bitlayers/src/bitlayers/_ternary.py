@@ -294,7 +294,8 @@ def _count_step(*_: Any) -> None:
 
 _torch: Any = torch
 _modes: Callable[[], int] = _torch._C._len_torch_dispatch_stack
-_tracing: Callable[[], bool] = _torch.jit.is_tracing
+_tracing: Callable[[], bool] = _torch._C._is_tracing
+any_autocast: Callable[[], bool] = _torch._C._is_any_autocast_enabled
 _steps = [0]
 """How many steps optimisers have taken in this process."""
 register_optimizer_step_post_hook(_count_step)

@@ -14,7 +14,7 @@ from bitcore.ops import bitlinear
 from bitcore.packing import tiles
 from torch import Tensor, nn
 
-from bitlayers._ternary import TernaryLayer, begin_bias, is_plain, wants_gradients
+from bitlayers._ternary import TernaryLayer, any_autocast, begin_bias, is_plain, wants_gradients
 from bitlayers.norm import SubLN
 
 __all__ = ["BitLinear", "InitMethod"]
@@ -99,9 +99,9 @@ class BitLinear(TernaryLayer):
                 quant_config=self.quant_config,
                 strength=self._strength,
             )
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.is_floating_point():
-            x = x.to(torch.get_autocast_dtype(device))
+        autocasts = compiling or any_autocast()
+        if autocasts and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         # Asked first, as looking parameters up takes longer.
         differentiable = torch.is_grad_enabled() and wants_gradients(x, self.weight, self.bias)
         if compiling or differentiable or not is_plain(x):
