@@ -1,5 +1,6 @@
 """The backends: eight of this package, and those that other packages offer through entry points."""
 
+from hamerspace.artifact import Manifest
 from hamerspace.backends.base import Artifact, BaseBackend, BuildContext, Built, Candidate, Verdict
 from hamerspace.backends.registry import Backend, backend_names, get_backend
 
@@ -10,6 +11,7 @@ __all__ = [
     "BuildContext",
     "Built",
     "Candidate",
+    "Manifest",
     "Verdict",
     "backend_names",
     "get_backend",
