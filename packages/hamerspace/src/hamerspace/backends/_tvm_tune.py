@@ -7,12 +7,8 @@ takes the process with it; what was measured before is on disk by then, and the 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import os
 import platform
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from hamerspace._imports import need
+from hamerspace._processes import end_with_parent
 from hamerspace.backends._tvm_records import Kernel, Records
 
 TRIALS_A_ROUND: Final = 8
@@ -62,7 +59,7 @@ class Order:
 
 def main(path: str, parent: int) -> None:
     """Tune what an order says, and end with the process that gave it."""
-    _end_with(parent)
+    end_with_parent(parent)
     _import_lean()
     _Tuning(Order.read(Path(path))).run()
 
@@ -238,12 +235,3 @@ def _import_lean() -> None:
     package.__path__ = [str(Path(place) / "tensor_intrin") for place in need("tvm.s_tir").__path__]
     sys.modules[name] = package
     need(f"{name}.{'arm_cpu' if platform.machine() in ('aarch64', 'arm64') else 'x86'}")
-
-
-def _end_with(parent: int) -> None:
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            set_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-            ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)

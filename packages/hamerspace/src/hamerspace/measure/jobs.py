@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import pickle
-import signal
 import sys
 import time
 import traceback
@@ -17,6 +14,7 @@ from typing import Any, Final
 
 from hamerspace._arrays import Kind
 from hamerspace._pickling import dumps
+from hamerspace._processes import end_with_parent
 from hamerspace.models.info import Array, Feeds, ModelInfo
 from hamerspace.models.source import ModelSource
 from hamerspace.runtimes.base import Runner, RunOptions
@@ -129,9 +127,9 @@ def _loaded(runner: Runner, info: ModelInfo, kind: Kind | None) -> LoadedModel:
     return LoadedModel(runner.run, runner.inputs, runner.outputs, info.structure, kind, runner)
 
 
-def serve(descriptor: int) -> None:
-    """Run jobs that come through a socket until it is closed."""
-    _end_with_parent()
+def serve(descriptor: int, parent: int) -> None:
+    """Run jobs that come through a socket until it is closed, or the process that made this one ends."""
+    end_with_parent(parent)
     connection: Connection[Any, Any] = Connection(descriptor)
     jobs = Jobs()
     while True:
@@ -165,12 +163,3 @@ def _answer(connection: Connection[Any, Any], answer: Any) -> None:
     except Exception as error:  # noqa: BLE001 - an answer that cannot be sent is told as such
         message = pickle.dumps(("raised", _told(error)))
     connection.send_bytes(message)
-
-
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            set_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-            ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-            if os.getppid() == 1:
-                os._exit(1)

@@ -73,7 +73,7 @@ class Worker:
             command = [
                 sys.executable,
                 "-c",
-                f"from hamerspace.measure.jobs import serve; serve({there.fileno()})",
+                f"from hamerspace.measure.jobs import serve; serve({there.fileno()}, {os.getpid()})",
             ]
             self._process = subprocess.Popen(
                 command,
