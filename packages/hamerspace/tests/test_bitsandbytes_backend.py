@@ -43,9 +43,9 @@ class Tokens(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = torch.nn.Embedding(300, 64)
-        self.hidden = torch.nn.Linear(64, 256)
-        self.middle = torch.nn.Linear(256, 128, bias=False)
-        self.last = torch.nn.Linear(128, 10)
+        self.hidden = torch.nn.Linear(64, 512)
+        self.middle = torch.nn.Linear(512, 256, bias=False)
+        self.last = torch.nn.Linear(256, 10)
 
     def forward(self, tokens):
         return self.last(torch.relu(self.middle(torch.relu(self.hidden(self.table(tokens)))))).mean(1)

@@ -75,6 +75,8 @@ def trace(module: Any, info: ModelInfo) -> Converted:
         fixed = with_lengths(info, batch, DEFAULT_LENGTH)
         try:
             with quiet(), torch.no_grad():
+                # Constants that hold for the example alone, of which it warns, `_agrees` finds.
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)
                 example = tensors_of(fixed.draw(batch), info)
                 program = torch.jit.trace(module, example, check_trace=False, strict=False).eval()
         except Exception as error:
@@ -88,8 +90,11 @@ def trace(module: Any, info: ModelInfo) -> Converted:
 
 
 def save_exported(program: Any, path: Path) -> None:
-    """Write an exported program."""
+    """Write an exported program, without the paths and lines of the source that it was made from."""
     torch = need("torch")
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
     with quiet():
         torch.export.save(program, str(path))
 

@@ -20,16 +20,15 @@ from typing import Any, ClassVar, Final
 
 from hamerspace._imports import need
 from hamerspace.artifact import Manifest
-from hamerspace.backends._pytorch_export import export, quiet, save_exported
+from hamerspace.backends._pytorch_export import quiet
 from hamerspace.backends._pytorch_layers import embeddings_in_place, replace_layers
-from hamerspace.backends._pytorch_signature import own_model, positional
 from hamerspace.backends.base import BaseBackend, BuildContext, Built, Candidate, Verdict
+from hamerspace.backends.modules import own_module, save_module, takes_modules
 from hamerspace.exceptions import UnsupportedError
 from hamerspace.models.info import ModelInfo
 from hamerspace.runtimes.base import Runner, RunOptions
-from hamerspace.runtimes.torch import PositionalRunner, open_runner
+from hamerspace.runtimes.torch import open_runner
 
-MAIN: Final = "model.pt2"
 BLOCK: Final = 64
 """Weights that share a scale in nf4."""
 
@@ -62,11 +61,7 @@ class BitsAndBytesBackend(BaseBackend):
 
     def supports_model(self, model_info: ModelInfo) -> Verdict:
         """Modules alone: TorchScript and exported programs have no layers any more."""
-        if model_info.framework != "pytorch":
-            return Verdict(False, f"it takes models of torch, and this one is of {model_info.framework}")
-        if model_info.form not in ("module", "transformers"):
-            return Verdict(False, f"it replaces layers, and {model_info.form} models have none any more")
-        return Verdict(True, "a module of torch")
+        return takes_modules(model_info)
 
     def candidates(self, model_info: ModelInfo, *, hardware: str = "cpu") -> list[Candidate]:
         """int8 and nf4."""
@@ -87,23 +82,18 @@ class BitsAndBytesBackend(BaseBackend):
             )
         torch = need("torch")
         torch.set_num_threads(context.threads)
-        model = own_model(context.source, context.device)
+        # In a list, so that a model that is one layer has a place where the layer is replaced.
+        held = torch.nn.ModuleList([own_module(context)])
         with offline(), quiet(), torch.no_grad():
-            found = replace_layers(model, torch.nn.Linear, make)
+            found = replace_layers(held, torch.nn.Linear, make)
             if not found:
                 raise UnsupportedError("the model has no linear layers for bitsandbytes to quantise")
-            tables = embeddings_in_place(model)
-        module = positional(model, context.info)
-        made = export(module, context.info, context.device)
-        save_exported(made.program, context.folder / MAIN)
-        return Built(
-            runtime="torch_export",
-            main=MAIN,
-            options={"operators": ["bitsandbytes"], "device": context.device},
-            forms={".pt2": (MAIN,)},
-            run=PositionalRunner(module, made.inputs, context.info.outputs, context.device).run,
-            inputs=made.inputs,
-            notes=(f"{found} linear layers and {tables} embeddings were quantised", *made.notes),
+            tables = embeddings_in_place(held)
+        return save_module(
+            context,
+            held[0],
+            options={"operators": ["bitsandbytes"]},
+            notes=(f"{found} linear layers and {tables} embeddings were quantised",),
         )
 
     def open(self, manifest: Manifest, folder: Path, options: RunOptions) -> Runner:

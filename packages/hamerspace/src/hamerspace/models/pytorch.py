@@ -140,7 +140,10 @@ def _kind_of_file(path: Path) -> str:
 def _unpickle(path: Path, allow_pickle: bool) -> Any:
     torch = need("torch")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of pickles in a newer protocol, which it then reads, or refuses.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError,
         RuntimeError,
