@@ -86,8 +86,11 @@ def _quantization(options: Mapping[str, Any]) -> Any:
         return intel.OVQuantizationConfig(bits=8)
     if bits is None:
         return None
-    # The exporter's own default of 4 bits leaves a part of the layers at 8.
-    return intel.OVWeightQuantizationConfig(bits=int(bits), sym=False, ratio=1.0)
+    if bits == 8:
+        return intel.OVWeightQuantizationConfig(bits=8)
+    # Optimum's own default leaves a part of the matrices at 8 bits, and fails where rows do not divide into
+    # groups of 128: there the largest smaller group that fits is taken.
+    return intel.OVWeightQuantizationConfig(bits=4, sym=False, ratio=1.0, group_size_fallback="adjust")
 
 
 def _calibration(context: BuildContext) -> Any:
