@@ -52,9 +52,7 @@ def test_inspect(model: Path) -> None:
 
 
 def test_optimize_report_and_reload(model: Path, tmp_path: Path) -> None:
-    np.savez(
-        tmp_path / "data.npz", input=np.random.default_rng(0).normal(size=(8, 16)).astype("float32")
-    )
+    np.savez(tmp_path / "data.npz", input=np.random.default_rng(0).normal(size=(8, 16)).astype("float32"))
     code, out, err = run(
         "optimize", model, "--output", tmp_path / "small.onnx", "--backend", "onnx_runtime", "--technique",
         "int8-dynamic", "--data", tmp_path / "data.npz", "--report", tmp_path / "report.json", "--json",

@@ -28,6 +28,9 @@ PACKAGES = {
 }
 """What pip is to be told for a module, by the module's name."""
 
+_TRITON = "triton"
+"""Comes with torch, where it comes at all."""
+
 
 def need(module: str) -> Any:
     """Import a module, or say what installs it.
@@ -69,5 +72,5 @@ def version(distribution: str) -> str | None:
 @cache
 def _load_triton_first() -> None:
     """Load triton's library before TensorFlow's: the other way round both end the process."""
-    if has("triton") and "tensorflow" not in sys.modules:
-        importlib.import_module("triton")
+    if has(_TRITON) and "tensorflow" not in sys.modules:
+        importlib.import_module(_TRITON)

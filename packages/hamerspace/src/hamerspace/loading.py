@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from hamerspace._rooms import Room
 from hamerspace.artifact import (
     MANIFEST,
     SIDECAR,
@@ -50,9 +50,9 @@ def load(path: str | Path, *, device: str = "cpu", threads: int | None = None) -
     if where.is_dir():
         return open_folder(where, options)
     if is_archive(where):
-        room = tempfile.TemporaryDirectory(prefix="hamerspace-")
-        unpack(where, Path(room.name))
-        return open_folder(Path(room.name), options, owner=room)
+        room = Room()
+        unpack(where, room.path)
+        return open_folder(room.path, options, owner=room)
     sidecar = where.with_name(where.name + SIDECAR)
     if not sidecar.is_file():
         raise ArtifactError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from hamerspace._imports import PACKAGES, has, version
+from hamerspace._rooms import Room
 from hamerspace.artifact import MANIFEST, Manifest, list_files, read_manifest, write_json
 from hamerspace.exceptions import ArtifactError, BackendUnavailableError, UnsupportedError
 from hamerspace.models.info import Array, Feeds, ModelInfo, TensorSpec, spec_of
@@ -296,12 +297,12 @@ class BaseBackend(ABC):
         if chosen.needs_calibration and not calibrated:
             raise UnsupportedError(f"{chosen.name} needs calibration_data")
         batches = calibration_batches(calibration_data, source.info) if calibrated else None
-        with tempfile.TemporaryDirectory(prefix="hamerspace-") as shared:
-            room = tempfile.TemporaryDirectory(prefix="hamerspace-") if output is None else None
-            folder = Path(room.name if room else str(output))
+        with Room() as shared:
+            room = Room() if output is None else None
+            folder = room.path if room else Path(str(output))
             folder.mkdir(parents=True, exist_ok=True)
             context = BuildContext(
-                source=source, candidate=chosen, folder=folder, shared=Path(shared), calibration=batches
+                source=source, candidate=chosen, folder=folder, shared=shared, calibration=batches
             )
             manifest = build_artifact(self, context)[0]
         return Artifact(folder, manifest, room)

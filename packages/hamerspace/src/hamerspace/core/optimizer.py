@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hamerspace._imports import version
+from hamerspace._rooms import Room
 from hamerspace.backends.base import Candidate
 from hamerspace.backends.registry import Backend, backend_names, get_backend
 from hamerspace.core.config import OptimizationConfig, hash_of
@@ -358,12 +358,12 @@ class Optimizer:
         progress: bool | None,
         start: float,
     ) -> OptimizationResult:
-        room = tempfile.TemporaryDirectory(prefix="hamerspace-")
+        room = Room()
         tried: list[Trial] = []
         kept: Trial | None = None
         trials = Trials(
             source,
-            Path(room.name),
+            room.path,
             limits=worker_limits,
             hardware=hardware_of(constraints.target_hardware),
             data=data,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hamerspace._rooms import Room
 from hamerspace.artifact import MANIFEST, list_files
 from hamerspace.exceptions import ConstraintError
 from hamerspace.measure.comparison import metrics, one_round
@@ -80,36 +80,34 @@ class Benchmarker:
         check_positive("num_runs", num_runs)
         hardware = hardware_of(target_hardware)
         options = RunOptions(device=hardware, threads=self.threads)
-        with tempfile.TemporaryDirectory(prefix="hamerspace-") as room:
-            folder = Path(room)
-            with self._worker(folder, hardware) as worker:
-                saved = Path(model) if isinstance(model, (str, Path)) else None
-                if saved is not None and (saved / MANIFEST).is_file():
-                    from hamerspace.artifact import read_manifest
+        with Room() as folder, self._worker(folder, hardware) as worker:
+            saved = Path(model) if isinstance(model, (str, Path)) else None
+            if saved is not None and (saved / MANIFEST).is_file():
+                from hamerspace.artifact import read_manifest
 
-                    manifest = read_manifest(saved)
-                    info = ModelInfo(framework="onnx", name=saved.name, inputs=manifest.inputs)
-                    worker.call("open_artifact", str(saved), options, info)
-                    size_bytes = sum(size for size, _ in list_files(saved).values())
-                else:
-                    source = self._source(model, model_info, input_shape)
-                    info = reshaped(source.info, input_shape).with_batch(batch_size)
-                    source = replace(source, info=info).stage(folder)
-                    worker.call("open_original", source, options)
-                    size_bytes = info.size_bytes
-                feeds = info.draw(batch_size)
-                calls = worker.call("prepare", feeds)
-                rounds: list[Round] = []
-                while len(rounds) < 5 or sum(len(one.wall_s) for one in rounds) < num_runs:
-                    rounds.append(one_round(worker, min(calls, max(1, num_runs // 5))))
-                return metrics(
-                    rounds,
-                    size_bytes=size_bytes,
-                    batch_size=next((len(array) for array in feeds.values() if array.ndim), 1),
-                    hardware=hardware,
-                    accuracy=None,
-                    memory_mb=worker.call("peak_mb"),
-                )
+                manifest = read_manifest(saved)
+                info = ModelInfo(framework="onnx", name=saved.name, inputs=manifest.inputs)
+                worker.call("open_artifact", str(saved), options, info)
+                size_bytes = sum(size for size, _ in list_files(saved).values())
+            else:
+                source = self._source(model, model_info, input_shape)
+                info = reshaped(source.info, input_shape).with_batch(batch_size)
+                source = replace(source, info=info).stage(folder)
+                worker.call("open_original", source, options)
+                size_bytes = info.size_bytes
+            feeds = info.draw(batch_size)
+            calls = worker.call("prepare", feeds)
+            rounds: list[Round] = []
+            while len(rounds) < 5 or sum(len(one.wall_s) for one in rounds) < num_runs:
+                rounds.append(one_round(worker, min(calls, max(1, num_runs // 5))))
+            return metrics(
+                rounds,
+                size_bytes=size_bytes,
+                batch_size=next((len(array) for array in feeds.values() if array.ndim), 1),
+                hardware=hardware,
+                accuracy=None,
+                memory_mb=worker.call("peak_mb"),
+            )
 
     def _worker(self, folder: Path, hardware: str) -> Worker:
         return Worker(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hamerspace._rooms import Room
 from hamerspace.backends.base import Artifact
 from hamerspace.backends.registry import Backend
 from hamerspace.exceptions import ConstraintError, UnsupportedError
@@ -48,7 +48,7 @@ class CompositeStrategy(OptimizationStrategy):
             UnsupportedError: a step's model has no form that the next one can read.
         """
         *earlier, last = self.strategies
-        with tempfile.TemporaryDirectory(prefix="hamerspace-") as room:
+        with Room() as room:
             for number, strategy in enumerate(earlier):
                 made = strategy.apply(model, model_info, backend=backend, calibration_data=calibration_data)
                 forms = [ending for ending in (".onnx", ".pt2") if ending in made.manifest.forms]
@@ -57,7 +57,7 @@ class CompositeStrategy(OptimizationStrategy):
                         f"what {made.manifest.backend}/{made.manifest.technique} makes cannot be "
                         "optimised further"
                     )
-                model, model_info = made.save(Path(room) / f"step{number}{forms[0]}"), None
+                model, model_info = made.save(room / f"step{number}{forms[0]}"), None
             return last.apply(
                 model, model_info, backend=backend, calibration_data=calibration_data, output=output
             )
