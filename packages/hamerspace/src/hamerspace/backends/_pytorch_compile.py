@@ -39,6 +39,9 @@ def compile_package(program: Any, path: Path, *, threads: int, work: Path) -> No
         raise BackendError(missing)
     # Weights become part of the code, so that they are packed for int8 kernels when it is compiled.
     options = {"freezing": True, "cpp.threads": threads}
+    if hasattr(need("torch._inductor.config").aot_inductor, "enable_line_tables"):
+        # For profilers, and often more bytes than the code itself.
+        options["aot_inductor.enable_line_tables"] = False
     try:
         with _cache_in(work), quiet(), torch.no_grad():
             need("torch._inductor").aoti_compile_and_package(

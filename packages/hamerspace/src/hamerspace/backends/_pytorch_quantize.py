@@ -141,6 +141,11 @@ def fuse_for_x86(converted: Any, example: tuple[Any, ...]) -> Any:
     for node in lowered.graph.nodes:
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
+    # AOTInductor copies buffers by their strides, which weights packed by oneDNN lack; parameters it keeps.
+    for name, packed in list(lowered.named_buffers()):
+        if packed.is_mkldnn:
+            delattr(lowered, name)
+            lowered.register_parameter(name, torch.nn.Parameter(packed, requires_grad=False))
     lowered.recompile()
     return lowered
 

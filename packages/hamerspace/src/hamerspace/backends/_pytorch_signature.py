@@ -22,11 +22,13 @@ OTHER_LENGTH: Final = DEFAULT_LENGTH * 3 // 4
 
 
 def own_model(source: ModelSource, device: str = "cpu") -> Any:
-    """Return a model that may be changed, without gradients: a module, or TorchScript."""
+    """Return a model in evaluation mode: a module that may be changed, without gradients, or TorchScript."""
     model = source.load()
     if source.info.form == "exported":
         return model.module().to(device)
-    if source.model is not None and source.info.form != "torchscript":
+    if source.info.form == "torchscript":
+        return model.eval().to(device)
+    if source.model is not None:
         model = copy.deepcopy(model)
     return model.eval().requires_grad_(False).to(device)
 
