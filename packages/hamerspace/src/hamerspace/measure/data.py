@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +94,7 @@ def cut(feeds: Sequence[Feeds], info: ModelInfo, *, limit: int | None = None) ->
 
 
 def _is_batches(data: Any) -> bool:
-    whole = cast("Any", data)
+    whole: Any = data
     return isinstance(data, list) and bool(whole) and all(isinstance(one, Batch) for one in whole)
 
 
