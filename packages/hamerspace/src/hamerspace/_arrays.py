@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -80,7 +80,7 @@ def flatten_outputs(value: Any) -> tuple[str, dict[str, Any]]:
     """
     if is_tensor(value):
         return "tensor", {"output": value}
-    members = cast("Any", value)
+    members: Any = value
     if isinstance(value, Mapping):
         found = {str(name): one for name, one in members.items() if is_tensor(one)}
         if found:
