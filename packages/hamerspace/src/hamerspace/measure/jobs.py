@@ -35,10 +35,10 @@ class Jobs:
         self._prepared: Any = None
 
     def describe(self, path: str, options: dict[str, Any]) -> ModelSource:
-        """Read a model and return what it is, without the live object."""
-        from hamerspace.models.reading import read_path
+        """Read a file or folder of TensorFlow's and return what it is, without the live object."""
+        from hamerspace.models.tensorflow import read_here
 
-        found = read_path(Path(path), **options)
+        found = read_here(Path(path), **options)
         return ModelSource(info=found.info, path=found.path or Path(path))
 
     def build(

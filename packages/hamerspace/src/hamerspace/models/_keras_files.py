@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,8 +114,13 @@ def is_standard(model: Any) -> bool:
     if type(model) not in (library.Sequential, library.src.models.functional.Functional):
         return False
     try:
-        config = json.loads(model.to_json())
-    except (TypeError, ValueError, NotImplementedError):  # a part that cannot be described
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Keras writes a lambda that is an activation so that it cannot read it, and only warns.
+            warnings.filterwarnings("error", "The object being serialized includes a `lambda`")
+            config = json.loads(model.to_json())
+    except (TypeError, ValueError, NotImplementedError, OSError, UserWarning):
+        # A part that cannot be described, or whose source is not to be found.
         return False
     foreign = any(one["class_name"] in (*_CODE, "function") for one in _objects(config))
     return not foreign and not any(_custom_names(config))

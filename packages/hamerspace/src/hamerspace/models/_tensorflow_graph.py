@@ -14,7 +14,8 @@ from hamerspace.runtimes._tensorflow_library import keras, quiet, tensorflow
 
 SIGNATURE: Final = "serving_default"
 """The signature under which SavedModels have what a caller runs."""
-_SHAPE_OPS: Final = ("Shape", "ShapeN", "Size", "Rank")
+_SHAPE_OPS: Final = ("Shape", "ShapeN", "Size", "Rank", "OnesLike", "ZerosLike")
+"""What depends on lengths alone."""
 GATHERS: Final = {"GatherV2": 1, "ResourceGather": 1, "Gather": 1}
 """Lookups in a table, with the place of the indices among their inputs."""
 
@@ -174,6 +175,10 @@ def describe(inputs: Sequence[TensorSpec]) -> str:
 def first_line(error: BaseException) -> str:
     """Return what an exception says, short."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0] == "Graph execution error:":
+        # The reason is behind the trace, before the name of the node.
+        nodes = [place for place, line in enumerate(lines) if line.startswith("[[")]
+        lines = lines[nodes[0] - 1 :] if nodes else lines
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
@@ -203,7 +208,7 @@ def vocabularies(function: Any) -> dict[str, int]:
     """Find inputs whose values are looked up in tables, such as token ids, with the smallest table's length.
 
     A value is followed through operations whose result is integer, which takes in the casts and the turning
-    of negative indices that Keras puts before a lookup; lengths that are taken from a shape are not followed.
+    of negative indices that Keras puts before a lookup; what depends on lengths alone is not followed.
 
     Args:
         function: frozen.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,9 @@ def read(
 ) -> ModelSource:
     """Read a model and find out its signature.
 
+    A path is read in a process of its own where TensorFlow is not loaded in this one, which then stays
+    without it.
+
     Args:
         model: a Keras 3 model, what ``tf.saved_model.load`` gave, a .keras or .h5 file, or a SavedModel's
             folder. No Python code in a file is executed.
@@ -58,12 +62,32 @@ def read(
         UnsafeModelError: the file holds code.
         ConstraintError: ``input_shape`` does not fit.
         ModelInputError: ``example_inputs`` do not fit.
+        ImportError: TensorFlow is not installed.
+        WorkerError: the process that read the path crashed.
     """
-    path: Path | None = None
-    if isinstance(model, (str, Path)):
-        path = Path(model)
-        check_exists(path)
-        model = _open(path)
+    if not isinstance(model, (str, Path)):
+        return _described(model, None, input_shape, example_inputs, name)
+    path = Path(model)
+    check_exists(path)
+    if "tensorflow" in sys.modules:
+        return read_here(path, input_shape=input_shape, example_inputs=example_inputs, name=name)
+    from hamerspace.measure.elsewhere import describe_elsewhere
+
+    # As arrays, for another process may have neither the library nor the device of a tensor.
+    examples = _examples(example_inputs)
+    return describe_elsewhere(path, input_shape=input_shape, example_inputs=examples, name=name)
+
+
+def read_here(
+    path: Path, *, input_shape: Any = None, example_inputs: Any = None, name: str | None = None
+) -> ModelSource:
+    """Read a path as `read` does, in this process whatever is loaded in it."""
+    return _described(_open(path), path, input_shape, example_inputs, name)
+
+
+def _described(
+    model: Any, path: Path | None, input_shape: Any, example_inputs: Any, name: str | None
+) -> ModelSource:
     model, specs = _opened(model, input_shape, example_inputs)
     specs = _with_examples(_with_shapes(specs, input_shape), example_inputs)
     traced = trace_model(model, specs)
@@ -355,6 +379,17 @@ def _arrays(example_inputs: Any) -> dict[str, Array]:
     return dict(zip(_places(len(values)), map(as_array, values), strict=True))
 
 
+def _examples(example_inputs: Any) -> Any:
+    """Turn tensors into arrays, and leave what holds them as it is."""
+    if example_inputs is None:
+        return None
+    arrays = _arrays(example_inputs)
+    if isinstance(example_inputs, Mapping):
+        return arrays
+    several = isinstance(example_inputs, (tuple, list))
+    return tuple(arrays.values()) if several else arrays["input"]
+
+
 def _places(number: int) -> list[str]:
     """Names of inputs that have none."""
     return [f"input_{place}" if place else "input" for place in range(number)]
@@ -396,7 +431,8 @@ def _weights(model: Any, inlined: Any) -> tuple[int, int]:
 def _try(traced: Traced, info: ModelInfo) -> None:
     """Run the model once on random inputs."""
     tf = tensorflow()
-    feeds = info.draw(1)
+    # Where one input has a fixed number of samples, the others have to follow.
+    feeds = info.draw(next((spec.batch for spec in info.inputs if spec.batch is not None), 1))
     try:
         outputs = traced.function(*[tf.constant(feeds[spec.name]) for spec in info.inputs])
     except Exception as error:
