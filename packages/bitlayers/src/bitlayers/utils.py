@@ -121,6 +121,7 @@ def median_times_ms(
     *,
     rounds: int = 5,
     device: torch.device | str = "cpu",
+    threads: int = 1,
     round_ms: float = 20.0,
 ) -> list[float]:
     """Time calls in turns, so that what else the machine does falls on all of them.
@@ -129,10 +130,12 @@ def median_times_ms(
         calls: What is timed; each is called at least twice before.
         rounds: How many turns each gets.
         device: Where they compute; other devices than the CPU are waited for.
+        threads: Of torch, while they run.
         round_ms: About how long a turn lasts, in milliseconds; a call that takes longer is a turn.
 
     Returns:
-        For each the median over its turns of the mean time of a call, in milliseconds.
+        For each the median over its turns of the mean time of a call, in milliseconds: on the CPU with one
+        thread that of the processor, which other work on the machine moves little; else wall time.
 
     Raises:
         QuantizationError: `rounds` is below 1.
@@ -140,21 +143,27 @@ def median_times_ms(
     if rounds < 1:
         raise QuantizationError(f"rounds is {rounds}; it must be 1 or more.")
     on_cpu = torch.device(device).type == "cpu"
+    clock = time.process_time if on_cpu and threads == 1 else time.perf_counter
 
     def turn_ms(call: Callable[[], object], count: int) -> float:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(count):
             call()
         if not on_cpu:
             torch.accelerator.synchronize()
-        return (time.perf_counter() - start) * 1000 / count
+        return (clock() - start) * 1000 / count
 
-    counts: list[int] = []
-    for call in calls:
-        turn_ms(call, 1)
-        counts.append(max(1, round(round_ms / max(turn_ms(call, 1), 1e-4))))
-    times = [[turn_ms(call, count) for call, count in zip(calls, counts, strict=True)] for _ in range(rounds)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        counts: list[int] = []
+        for call in calls:
+            turn_ms(call, 1)
+            counts.append(max(1, round(round_ms / max(turn_ms(call, 1), 1e-4))))
+        turns = [[turn_ms(call, n) for call, n in zip(calls, counts, strict=True)] for _ in range(rounds)]
+    finally:
+        torch.set_num_threads(before)
+    return [statistics.median(column) for column in zip(*turns, strict=True)]
 
 
 @torch.no_grad()
@@ -175,7 +184,7 @@ def compare_layers(reference: nn.Module, layer: nn.Module, x: Tensor, *, rounds:
         `cosine_similarity`: Of all outputs as one vector.
         `reference_bytes`, `layer_bytes`: What is held now, as `estimate_memory_usage` counts.
         `memory_reduction`: `1 - layer_bytes / reference_bytes`.
-        `reference_ms`, `layer_ms`: Median time of a call in milliseconds, with as many threads as torch has.
+        `reference_ms`, `layer_ms`: Median time of a call in milliseconds, as `median_times_ms` counts it.
         `speedup`: `reference_ms / layer_ms`.
 
     Raises:

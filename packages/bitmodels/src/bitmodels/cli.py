@@ -212,6 +212,7 @@ def _bench(options: argparse.Namespace) -> None:
                 times = median_times_ms(
                     [lambda: layer(x), lambda: linear(x_half, half), lambda: linear(x, weight)],  # noqa: B023
                     rounds=options.rounds,
+                    threads=options.threads,
                 )
                 kernel = KernelRegistry.get_kernel_for_config(BitQuantConfig(), "cpu", (rows, columns)).name
                 results.append(

@@ -50,7 +50,8 @@ def compare_models(
         `memory_reduction`: `1 - quantized_bytes / original_bytes`.
         `original_bytes`, `quantized_bytes`: What is stored, of the ternary model once it is deployed.
         `speedup`: `original_ms / quantized_ms`.
-        `original_ms`, `quantized_ms`: Median time of the first batch, with as many threads as torch has.
+        `original_ms`, `quantized_ms`: Median time of the first batch on one thread, as
+            `bitlayers.utils.median_times_ms` counts it.
 
     Raises:
         QuantizationError: There is no data, batches or outputs do not fit, no inputs could be drawn, or a
