@@ -11,10 +11,6 @@ from hamerspace.models._tensorflow_graph import SIGNATURE, first_line
 from hamerspace.models.info import Array, Feeds
 from hamerspace.runtimes._tensorflow_library import quiet, tensorflow
 
-_FLEX: Final = (
-    "some operations run in TensorFlow itself, so that the file needs the whole of it where it is opened "
-    "(TFLite's name for that is Flex)"
-)
 _MIXED: Final = "some operations have no int8 form and stay in float32"
 
 
@@ -37,21 +33,18 @@ def convert(
         BackendError: TFLite has no form of the model, or nothing in it was quantised.
     """
     tf = tensorflow()
-    plain, flex = tf.lite.OpsSet.TFLITE_BUILTINS, tf.lite.OpsSet.SELECT_TF_OPS
-    attempts: list[tuple[list[Any], tuple[str, ...]]] = [([plain], ()), ([plain, flex], (_FLEX,))]
+    # Operations of TensorFlow itself (Flex) are left out: the interpreter of its wheels cannot run them.
+    plain = tf.lite.OpsSet.TFLITE_BUILTINS
+    attempts: list[tuple[list[Any], tuple[str, ...]]] = [([plain], ())]
     if technique == "int8-static":
         whole = tf.lite.OpsSet.TFLITE_BUILTINS_INT8
-        attempts = [
-            ([whole], ()),
-            ([whole, plain], (_MIXED,)),
-            ([whole, plain, flex], (_MIXED, _FLEX)),
-        ]
+        attempts = [([whole], ()), ([whole, plain], (_MIXED,))]
     failures: list[str] = []
     for operations, notes in attempts:
         try:
             content = _convert(saved_model, technique, operations, calibration)
         except Exception as error:  # noqa: BLE001 - the converter raises what it likes
-            failures.append(first_line(error))
+            failures.append(_reason(error))
             continue
         if technique.startswith("int8") and not _holds_int8(content):
             raise BackendError(
@@ -73,6 +66,13 @@ def _convert(saved_model: Path, technique: str, operations: list[Any], calibrati
         if technique == "int8-static":
             converter.representative_dataset = lambda: _samples(calibration)
         return converter.convert()
+
+
+def _reason(error: BaseException) -> str:
+    """Name the operations that TFLite lacks, which the converter says behind much else."""
+    mark = "TF Select ops: "
+    lacking = [line.partition(mark)[2] for line in str(error).splitlines() if line.startswith(mark)]
+    return f"it has no {lacking[0]}" if lacking else first_line(error)
 
 
 def _samples(calibration: Sequence[Feeds]) -> Iterator[tuple[str, dict[str, Array]]]:

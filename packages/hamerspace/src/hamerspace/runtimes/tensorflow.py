@@ -13,6 +13,7 @@ from hamerspace.exceptions import ArtifactError, BackendUnavailableError, ModelE
 from hamerspace.models._tensorflow_graph import SIGNATURE, Traced
 from hamerspace.models.info import Array, Feeds, TensorSpec
 from hamerspace.runtimes._tensorflow_library import quiet, tensorflow, use_threads
+from hamerspace.runtimes._tflite_files import check_whole
 from hamerspace.runtimes.base import Runner, RunOptions
 
 
@@ -109,6 +110,7 @@ class TFLiteRunner(Runner):
         )
         where = "the model" if isinstance(model, bytes) else str(model)
         lite = tensorflow().lite
+        check_whole(model, where)
         try:
             with quiet(native=True):
                 self._interpreter = lite.Interpreter(**held, num_threads=options.threads)
