@@ -27,10 +27,10 @@ def export(source: ModelSource, target: Path) -> None:
     traced = traced_of(source)
     function = frozen(traced.function)
     given = [tensor.name for tensor in function.inputs]
-    named = traced.function.structured_outputs
-    order = list(named)  # as the frozen function's outputs are: sorted by name
-    results = {name: function.outputs[order.index(name)].name for name in order}
-    names = [spec.name for spec in source.info.outputs] or order
+    # A function flattens a dictionary in the order of its keys, whatever order they were put in.
+    order = sorted(traced.function.structured_outputs)
+    results = {name: tensor.name for name, tensor in zip(order, function.outputs, strict=True)}
+    names = [spec.name for spec in source.info.outputs or traced.outputs]
     try:
         with quiet(native=True):
             model, _ = need("tf2onnx.convert").from_graph_def(
