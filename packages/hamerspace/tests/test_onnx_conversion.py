@@ -139,7 +139,7 @@ def test_attention_of_transformers_is_fused(tmp_path: Path) -> None:
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
     )
     model = transformers.BertModel(config).eval()
-    shape = [None, None]
+    shape = [3, 16]
     source = pytorch.read(model, input_shape={"input_ids": shape, "attention_mask": shape})
     given = context(source, tmp_path)
     plain = onnx.load(str(onnx_path(given)))

@@ -39,7 +39,8 @@ def folded(model: Any) -> Any:
 def fused(context: BuildContext) -> Any:
     """Return the context's model with attention, GELU and normalisation as single operators of ONNX Runtime.
 
-    Where the fused model cannot be run or differs from the plain one, the plain one is returned.
+    Where the fused model cannot be run or differs from the plain one, the plain one is returned. Attention is
+    recognised where lengths are fixed; with free ones the exporter writes it in operators that are not.
     """
     path = context.once("fused.onnx", lambda target: _make(context, target))
     return onnx.open_model(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +75,28 @@ def _export_traced(model: Any, info: ModelInfo, feeds: dict[str, Any], target: P
     # An exported program has its mode built in, and refuses to be told one.
     mode = nullcontext() if exported else evaluating(body)
     with mode, torch.no_grad():
-        try:
-            shapes = {"tensors": free} if any(free) else None
-            program = torch.onnx.export(flat, tuple(feeds.values()), dynamic_shapes=shapes, **options)
-        except torch.onnx.OnnxExporterError:
-            if not any(free):
-                raise
-            program = torch.onnx.export(flat, tuple(feeds.values()), **options)
+        program = None
+        if any(free):
+            with suppress(torch.onnx.OnnxExporterError):
+                program = torch.onnx.export(
+                    flat, tuple(feeds.values()), dynamic_shapes={"tensors": free}, **options
+                )
+        # A length that the model fixes either fails above or comes back as an axis with another name.
+        if program is None or not _has_axes(program, info):
+            # The first attempt has marked its tensors as ones of any length.
+            fresh = tuple(tensor.clone() for tensor in feeds.values())
+            program = torch.onnx.export(flat, fresh, **options)
     # Stack traces of the exporter's, which can be larger than a small model's weights.
     common.ClearMetadataAndDocStringPass()(program.model)
     program.save(str(target))
+
+
+def _has_axes(program: Any, info: ModelInfo) -> bool:
+    """Whether inputs have the lengths and the names of axes that they were asked to have."""
+    return all(
+        [axis if isinstance(axis, int) else axis.value for axis in given.shape] == list(spec.shape)
+        for given, spec in zip(program.model.graph.inputs, info.inputs, strict=True)
+    )
 
 
 def _export_script(model: Any, info: ModelInfo, feeds: dict[str, Any], target: Path) -> None:
