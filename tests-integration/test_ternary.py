@@ -37,7 +37,7 @@ def test_a_ternary_model_is_trained_by_the_loop_of_llm_trainer(tmp_path: Path):
         model,
         tokenizer,
         TrainingConfig(
-            batch_size=8, learning_rate=3e-3, max_steps=80, logging_steps=10, checkpoint_dir=str(tmp_path)
+            batch_size=8, learning_rate=3e-3, max_steps=160, logging_steps=10, checkpoint_dir=str(tmp_path)
         ),
         train_dataset=dataset,
         eval_dataset=torch.utils.data.Subset(dataset, range(32)),

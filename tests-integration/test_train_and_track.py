@@ -58,7 +58,7 @@ def test_training_is_tracked_and_the_peaks_agree_with_the_system(tmp_path: Path)
         TrainingConfig(
             batch_size=8,
             learning_rate=3e-3,
-            max_steps=80,
+            max_steps=160,
             logging_steps=10,
             checkpoint_dir=str(tmp_path / "checkpoints"),
         ),
