@@ -164,7 +164,8 @@ def _plot(report: Mapping[str, Any]) -> str:
         f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">size, MB</text>'
         f'<text x="14" y="{_TOP + 8}">speed</text>'
     )
-    taken: list[tuple[float, float, float]] = []
+    # Labels keep off the marks of others and off each other.
+    taken = [(x(size) - 7, x(size) + 7, y(speed) + 4) for size, speed, _, _ in points]
     for size, speed, label, outcome in sorted(points, key=lambda point: -point[1]):
         colour = {"chosen": "var(--good)", "original": "var(--dim)"}.get(str(outcome), "var(--mark)")
         shown = f"{label}: {speed:.2f}x, {size:.3g} MB"
