@@ -5,11 +5,15 @@ import hamerspace
 import numpy as np
 import pytest
 import torch
-from hamerspace.cli.main import app
-from typer.testing import CliRunner
+
+# typer's import of click 8.5; the command is therefore imported in the tests only.
+pytestmark = pytest.mark.filterwarnings("ignore:'click\\.utils\\..*' is deprecated:DeprecationWarning")
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
+    from hamerspace.cli.main import app
+    from typer.testing import CliRunner
+
     found = CliRunner().invoke(app, [str(one) for one in arguments])
     return found.exit_code, found.stdout, found.stderr
 

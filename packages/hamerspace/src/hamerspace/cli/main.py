@@ -194,9 +194,13 @@ def _read_data(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as found:
             if isinstance(found, np.ndarray):
                 raise ModelInputError(f"{path} is one array; numpy.savez(path, input=array) names it")
-            return dict(found)
+            arrays: dict[str, Any] = dict(found)
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
         raise ModelInputError(f"{path} cannot be read as .npz: {error}") from error
+    # Other zip archives are taken for one of arrays until something in them is looked at.
+    if not arrays or not all(isinstance(one, np.ndarray) for one in arrays.values()):
+        raise ModelInputError(f"{path} is no .npz of arrays; numpy.savez(path, input=array) writes one")
+    return arrays
 
 
 @app.command()
