@@ -201,7 +201,8 @@ def test_clipping_equals_torchs(tiny):
 
 
 @pytest.mark.parametrize("changes", [{"bias": False}, {"activation": "swiglu", "n_kv_heads": 2}])
-def test_flops_are_those_of_the_products(tiny, changes):
+def test_flops_are_those_of_the_products(tiny, changes, monkeypatch):
+    monkeypatch.setattr(_onednn, "PREFERS_ONEDNN", False)  # whose products torch does not count
     config = ModelConfig.from_dict(tiny.to_dict() | changes)
     model = TransformerLM(config)
     ids = torch.randint(0, 61, (1, 24))
