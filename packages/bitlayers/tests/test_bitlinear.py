@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 import threading
 
 import pytest
@@ -385,25 +386,41 @@ def test_arguments_that_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize("deployed", [False, True])
-def test_first_calls_from_several_threads(deployed):
-    for _ in range(30):
-        model = nn.Sequential(*(BitLinear(256, 256) for _ in range(4))).eval()
-        if deployed:
-            deploy_layers(model)
-        x, together, found = torch.randn(1, 256), threading.Barrier(4), []
+def test_calls_from_several_threads_while_nothing_is_packed(deployed):
+    def together(model, x):
+        barrier, found = threading.Barrier(4), []
 
-        def first(model=model, x=x, together=together, found=found):
-            together.wait()
+        def call():
+            barrier.wait()
             with torch.no_grad():
                 found.append(model(x))
 
-        threads = [threading.Thread(target=first) for _ in range(4)]
+        threads = [threading.Thread(target=call) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        with torch.no_grad():
+            expected = copy.deepcopy(model)(x)
         assert len(found) == 4
-        assert all(torch.equal(out, found[0]) for out in found)
+        assert all(torch.equal(out, expected) for out in found)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(100):
+            model = nn.Sequential(*(BitLinear(64, 64) for _ in range(4))).eval()
+            if deployed:
+                deploy_layers(model)
+            x = torch.randn(1, 64)
+            together(model, x)
+            if not deployed:
+                with torch.no_grad():
+                    for layer in model:
+                        layer.weight.add_(torch.randn_like(layer.weight))
+                together(model, x)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_fused_optimizers_and_eval_are_seen():

@@ -55,6 +55,7 @@ class TernaryLayer(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         # Buffers once the layer is deployed; until then what averages and copies buffers shall not see them.
         self.qweight = self.qweight_scale = None
+        self._packed: tuple[Tensor, Tensor] | None = None
         self._kept_of: _Sources | None = None
 
     @abstractmethod
@@ -158,16 +159,19 @@ class TernaryLayer(nn.Module):
         Raises:
             QuantizationError: The weight holds NaN or infinity.
         """
-        scale, qweight = self.qweight_scale, self.qweight
-        if self.weight is not None and self._is_stale():
+        if self.weight is None:
+            return cast("Tensor", self.qweight_scale), cast("Tensor", self.qweight)
+        # Asked before it is read: other threads keep the packed weight first and what it is of last.
+        packed = None if self._is_stale() else self._packed
+        if packed is None:
             self.forget_packed()
+            sources = self._sources()
             # Not as tensors of inference mode, which gradients could not be computed with later.
             with torch.inference_mode(False), torch.no_grad():
-                scale, qweight = self._pack(self.weight)
-            self.qweight_scale, self.qweight = scale, qweight
-            self._keep()
-        # Not what is kept by now, which another thread may have dropped.
-        return cast("Tensor", scale), cast("Tensor", qweight)
+                packed = self._pack(self.weight)
+            self.qweight_scale, self.qweight = self._packed = packed
+            self._kept_of = sources
+        return packed
 
     def ternary_weight(self) -> tuple[Tensor, Tensor]:
         """Return the scale as it is stored, and the codes, int8 of -1, 0 and 1 in the weight's shape.
@@ -201,8 +205,8 @@ class TernaryLayer(nn.Module):
     def _scale_dtype(self, weight: Tensor) -> torch.dtype:
         return weight.dtype if self.scale_follows_dtype else torch.float32
 
-    def _sources(self) -> list[_Source]:
-        """Return what that depends on which is kept for evaluation."""
+    def _sources(self) -> _Sources:
+        """Return what that depends on which is kept for evaluation, to be taken before it is made."""
         found: list[_Source] = []
         for name in ("qweight", "qweight_scale", "bias") if self.is_deployed else ("weight", "bias"):
             tensor = getattr(self, name, None)
@@ -210,16 +214,13 @@ class TernaryLayer(nn.Module):
             if isinstance(tensor, Tensor):
                 version = None if tensor.is_inference() else tensor._version
                 found.append((held, name, tensor, version, tensor.data_ptr()))
-        return found
-
-    def _keep(self) -> None:
-        """Remember what that depends on which is kept for evaluation."""
-        self._kept_of = _steps[0], self._sources()
+        return _steps[0], found
 
     def _is_stale(self) -> bool:
-        if self._kept_of is None:
+        kept_of = self._kept_of
+        if kept_of is None:
             return True
-        steps, sources = self._kept_of
+        steps, sources = kept_of
         # Optimisers that are fused do not count as changes of a tensor.
         if steps != _steps[0] and self.weight is not None:
             return True
@@ -233,7 +234,7 @@ class TernaryLayer(nn.Module):
 
     def forget_packed(self) -> None:
         """Drop what is kept for evaluation, so that the weight is looked at again."""
-        self._kept_of = None
+        self._kept_of = self._packed = None
         if not self.is_deployed:
             self.qweight = self.qweight_scale = None
 
@@ -262,7 +263,7 @@ class TernaryLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {} if self.is_deployed else {"qweight": None, "qweight_scale": None}
-        return self.__dict__ | {"_kept_of": None} | own
+        return self.__dict__ | {"_kept_of": None, "_packed": None} | own
 
 
 def begin_bias(bias: nn.Parameter | None, terms: int) -> None:

@@ -116,10 +116,9 @@ class BitLinear(TernaryLayer):
                 qweight=qweight,
                 qweight_scale=scale,
             )
-        run = self._run
-        if run is None or self._is_stale():
-            run = self._bind()
-        return run(x)
+        # In this order, as in `packed`.
+        run = None if self._is_stale() else self._run
+        return (run or self._bind())(x)
 
     def extra_repr(self) -> str:
         """Return what `repr` says of the layer."""
@@ -127,11 +126,12 @@ class BitLinear(TernaryLayer):
         return f"{sizes}, bias={self.bias is not None}{self._form}"
 
     def _bind(self) -> Callable[[Tensor], Tensor]:
+        sources = self._sources()
         scale, qweight = self.packed()
         shape = self.out_features, self.in_features
         kernel = KernelRegistry.get_kernel_for_config(self.quant_config, qweight.device, shape)
         run = self._run = kernel.bind(scale, qweight, self.bias, self.quant_config)
-        self._keep()
+        self._kept_of = sources
         return run
 
     def _begin(self, weight: nn.Parameter) -> None:
