@@ -44,7 +44,7 @@ def package_folder(name: str) -> Path:
 
 
 def sentences(count: int) -> list[str]:
-    """First sentences of the standard library's documentation strings, longest first among equals."""
+    """Documentation strings of the standard library, each long enough to fill a sequence."""
     import ast
 
     found: dict[str, None] = {}
@@ -53,8 +53,8 @@ def sentences(count: int) -> list[str]:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 text = " ".join((ast.get_docstring(node) or "").split())
-                if len(text) > 60:
-                    found.setdefault(text[:400])
+                if len(text) > 8 * SEQUENCE:
+                    found.setdefault(text[: 8 * SEQUENCE])
     return list(found)[:count]
 
 

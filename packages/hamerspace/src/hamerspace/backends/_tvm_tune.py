@@ -24,8 +24,10 @@ from hamerspace._processes import end_with_parent
 from hamerspace.backends._tvm_records import Kernel, Records
 
 TRIALS_A_ROUND: Final = 8
-_FIRST_ROUNDS: Final = 3
+_FIRST_ROUNDS: Final = 8
 """Rounds that a kernel gets at most until a schedule of it has worked."""
+_FIRST_TRIALS: Final = 2
+"""Of each such round: without a record of every kernel the model cannot be built at all."""
 _TIMING_S: Final = 0.01
 _REPEATS: Final = 2
 _MOST_CALLS: Final = 5000
@@ -84,7 +86,7 @@ class _Tuning:
     def run(self) -> None:
         """Find a schedule for each kernel first, then spend what is left where it shortens a run most."""
         places = range(len(self._modules))
-        first = min(TRIALS_A_ROUND, self._order.trials)
+        first = min(_FIRST_TRIALS, self._order.trials)
         for _ in range(_FIRST_ROUNDS):
             missing = [place for place in places if not self._has_record(place)]
             if not missing:
