@@ -267,6 +267,12 @@ def test_unpacked_attention_computes_the_same() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_several_threads_at_once(built: Any, check_threads: Any) -> None:
+    given, _, _, feeds, _ = built["onnx_runtime", "int8-static", "convolutional"]
+    runner = get_backend("onnx_runtime").load(given.folder, RunOptions(threads=1))
+    check_threads(runner, [{name: array[place:] for name, array in feeds.items()} for place in range(4)])
+
+
 def test_compact_keeps_what_a_model_does() -> None:
     model = convolutional()
     model.metadata_props.add(key="stack", value="x" * 10_000)

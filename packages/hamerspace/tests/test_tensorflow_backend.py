@@ -220,6 +220,12 @@ def test_a_fixed_batch_is_fixed(digits: Digits, tmp_path: Path) -> None:
     assert sqnr_db(digits.expected[:2], given) > 15
 
 
+@pytest.mark.parametrize("technique", ["int8-static", "saved-model"])
+def test_several_threads_at_once(digits: Digits, technique: str, check_threads: Any) -> None:
+    runner = get_backend("tensorflow").load(digits.room / technique)
+    check_threads(runner, [{"image": digits.images[place : place + 2]} for place in range(4)])
+
+
 @pytest.fixture(scope="module")
 def text() -> Any:
     """Two inputs, one of them ids of any length, and two outputs."""

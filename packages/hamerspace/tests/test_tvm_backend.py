@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,15 @@ def test_the_notes_say_how_much_was_tuned(built: tuple[Manifest, Built], place: 
     kernels, trials = 2, records_of(place).count()
     assert trials >= kernels
     assert f"{kernels} kernels, tuned in {trials} trials" in built[1].notes
+
+
+def test_several_threads_at_once(
+    built: tuple[Manifest, Built], place: Path, check_threads: Callable[..., None]
+) -> None:
+    (name,) = (spec.name for spec in built[0].inputs)
+    generator = np.random.default_rng(0)
+    feeds = [{name: generator.standard_normal((1, 8)).astype(np.float32)} for _ in range(4)]
+    check_threads(get_backend("tvm").load(place / "built", ALONE), feeds)
 
 
 def test_records_are_used_again_for_other_weights(

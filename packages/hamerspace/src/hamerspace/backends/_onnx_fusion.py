@@ -62,7 +62,15 @@ def _fuse(model: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         held, _ = fusions.optimize_for_ort(ir.from_proto(model), clear_metadata=True)
+        # Attention's weights, which the fusion leaves for the runtime to join.
+        need("onnxscript.optimizer").fold_constants(held, should_fold=_joins_weights)
         return compact(ir.to_proto(held))
+
+
+def _joins_weights(node: Any) -> bool | None:
+    """Return True for what makes one weight of several that nothing else uses; None leaves it to size."""
+    joins = node.op_type == "Concat" and all(len(value.consumers()) == 1 for value in node.inputs)
+    return joins or None
 
 
 def _agree(one: Any, other: Any) -> bool:
@@ -86,10 +94,11 @@ def attention_unpacked(model: Any) -> Any:
     def change(node: Any) -> list[Any] | None:
         given = [*node.input, *[""] * (7 - len(node.input))]
         attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+        sizes = attributes.pop("qkv_hidden_sizes", None)
         plain = set(attributes) <= {"num_heads", "scale"} and not (given[3] or given[4] or given[6])
         if node.op_type != "Attention" or node.domain != "com.microsoft" or not plain:
             return None
-        if given[1] not in dims or dims[given[1]][1] % 3:
+        if given[1] not in dims or dims[given[1]][1] % 3 or len(set(sizes or [])) > 1:
             return None
         name = node.output[0]
         parts = [f"{name}_{part}" for part in ("query", "key", "value")]

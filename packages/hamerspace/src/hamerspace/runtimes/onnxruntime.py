@@ -81,14 +81,24 @@ class OnnxRunner(Runner):
         self._taken = {one.name for one in session.get_inputs()}
         self._names = [one.name for one in session.get_outputs()]
 
-    def prepare(self, feeds: Feeds) -> dict[str, Any]:
-        """Return tensors on the device. An input that the graph does not use is left out."""
+    def prepare(self, feeds: Feeds) -> Any:
+        """Return inputs on the device and outputs to be made there, bound once.
+
+        An input that the graph does not use is left out.
+        """
         make = need("onnxruntime").OrtValue.ortvalue_from_numpy
-        return {name: make(array, self._device, 0) for name, array in feeds.items() if name in self._taken}
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            if name in self._taken:
+                binding.bind_ortvalue_input(name, make(array, self._device, 0))
+        for name in self._names:
+            binding.bind_output(name, self._device)
+        return binding
 
     def run_prepared(self, prepared: Any) -> Any:
-        """Run once and return ONNX Runtime's values."""
-        return self._session.run_with_ort_values(self._names, prepared)
+        """Run once and return the binding, which holds the outputs."""
+        self._session.run_with_iobinding(prepared)
+        return prepared
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """Return outputs by name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 import numpy as np
@@ -90,27 +91,36 @@ class OpenVINORunner(Runner):
         if missing:
             raise ArtifactError(f"the model has no outputs {missing}; it has {list(places)}")
         self._places = {name: places[name] for name in wanted}
-        self._request = compiled.create_infer_request()
+        self._compiled = compiled
+        # Made once, and so for one caller at a time.
+        self._request, self._lock = compiled.create_infer_request(), Lock()
 
-    def prepare(self, feeds: Feeds) -> dict[str, Any]:
-        """Return OpenVINO's tensors over the arrays' own memory."""
+    def prepare(self, feeds: Feeds) -> Any:
+        """Return a request whose inputs are set, over the arrays' own memory."""
+        request = self._compiled.create_infer_request()
+        for name, tensor in self._tensors(feeds).items():
+            request.set_tensor(name, tensor)
+        return request
+
+    def run_prepared(self, prepared: Any) -> Any:
+        """Run once. What is returned changes with the next run."""
+        return prepared.infer(share_outputs=True)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Return outputs by name."""
+        # The tensors live until the end of the run, for OpenVINO looks into the arrays' memory.
+        tensors = self._tensors(feeds)
+        with self._lock:
+            found = self._request.infer(tensors, share_inputs=True, share_outputs=True)
+            return {name: np.array(found[place]) for name, place in self._places.items()}
+
+    def _tensors(self, feeds: Feeds) -> dict[str, Any]:
         tensor = need("openvino").Tensor
         return {
             name: tensor(np.ascontiguousarray(array), shared_memory=True)
             for name, array in feeds.items()
             if name in self._taken
         }
-
-    def run_prepared(self, prepared: Any) -> Any:
-        """Run once. What is returned changes with the next run."""
-        return self._request.infer(prepared, share_inputs=True, share_outputs=True)
-
-    def run(self, feeds: Feeds) -> dict[str, Array]:
-        """Return outputs by name."""
-        # The tensors live until the end of the run, for OpenVINO looks into the arrays' memory.
-        prepared = self.prepare(feeds)
-        found = self.run_prepared(prepared)
-        return {name: np.array(found[place]) for name, place in self._places.items()}
 
 
 def open_runner(manifest: Manifest, folder: Path, options: RunOptions) -> Runner:

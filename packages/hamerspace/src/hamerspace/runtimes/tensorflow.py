@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,8 @@ class TFLiteRunner(Runner):
                 f"manifest names {sorted(wanted[0])} and {sorted(wanted[1])}"
             )
         self._shapes = {name: tuple(int(n) for n in one["shape"]) for name, one in self._takes.items()}
+        # The interpreter holds inputs and outputs, and so serves one caller at a time.
+        self._lock = Lock()
 
     def _signature(self) -> tuple[dict[str, Any], dict[str, Any]]:
         # The interpreter plans no memory while there is a runner of one of its signatures.
@@ -153,4 +156,5 @@ class TFLiteRunner(Runner):
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """Return outputs by name."""
-        return self.run_prepared(self.prepare(feeds))
+        with self._lock:
+            return self.run_prepared(self.prepare(feeds))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 import numpy as np
@@ -52,6 +53,8 @@ class TVMRunner(Runner):
             set_threads(options.threads)
         self._machine = need("tvm.relax").VirtualMachine(library, self._cpu)
         self._main = self._machine["main"]
+        # The machine keeps values of its run, and so serves one caller at a time.
+        self._lock = Lock()
 
     def prepare(self, feeds: Feeds) -> list[Any]:
         """Return TVM's tensors, in the order of the compiled function."""
@@ -64,7 +67,8 @@ class TVMRunner(Runner):
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """Return outputs by name."""
-        given = self.run_prepared(self.prepare(feeds))
+        with self._lock:
+            given = self.run_prepared(self.prepare(feeds))
         tensors: list[Any] = [given] if hasattr(given, "numpy") else list(given)
         names = [spec.name for spec in self.outputs] or [f"output_{place}" for place in range(len(tensors))]
         return {name: one.numpy() for name, one in zip(names, tensors, strict=True)}
