@@ -106,11 +106,19 @@ def _open_torchscript(path: Path, device: str) -> Any:
 def _open_compiled(path: Path, device: str) -> Any:
     del device  # it was chosen when the package was compiled
     try:
-        return need("torch._inductor").aoti_load_package(str(path))
+        package = need("torch._inductor").aoti_load_package(str(path))
     except RuntimeError as error:
         raise ArtifactError(
             f"{path} cannot be opened by AOTInductor: {str(error).splitlines()[0]}"
         ) from error
+    # A call of the package itself reads the structure of inputs and outputs from JSON each time.
+    pytree, loader = need("torch.utils._pytree"), package.loader
+    structure = pytree.treespec_loads(loader.get_call_spec()[1])
+
+    def run(*tensors: Any) -> Any:
+        return pytree.tree_unflatten(loader.boxed_run(list(tensors)), structure)
+
+    return run
 
 
 _OPENERS: Final[dict[str, Callable[[Path, str], Any]]] = {
