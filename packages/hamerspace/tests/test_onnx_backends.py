@@ -15,7 +15,7 @@ from hamerspace.artifact import Manifest
 from hamerspace.backends import get_backend
 from hamerspace.backends._onnx_files import compact
 from hamerspace.backends._onnx_fusion import attention_unpacked
-from hamerspace.backends._onnx_quantize import METHODS
+from hamerspace.backends._onnx_quantize import METHODS, quantize_static
 from hamerspace.backends.base import BuildContext, Built, build_artifact
 from hamerspace.exceptions import ArtifactError, BackendError, ConstraintError, UnsupportedError
 from hamerspace.models import onnx as models
@@ -206,6 +206,21 @@ def test_static_ranges_by_each_method(tmp_path: Path, method: str) -> None:
     expected = given.source.original(RunOptions(threads=1)).run(feeds)["scores"]
     found = get_backend("onnx_runtime").load(given.folder).run(feeds)["scores"]
     assert sqnr_db(expected, found) > 15
+
+
+def test_static_takes_biases_of_one_row(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    model = make(
+        [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])],
+        [helper.make_tensor_value_info("x", FLOAT, [4, 32])],
+        [helper.make_tensor_value_info("y", FLOAT, [4, 48])],
+        {"w": weights(generator, 32, 48), "b": generator.standard_normal((1, 48)).astype(np.float32)},
+    )
+    batches = [{"x": generator.standard_normal((4, 32)).astype(np.float32)} for _ in range(8)]
+    plain = open_session(model.SerializeToString(), RunOptions(threads=1)).run(None, batches[0])[0]
+    made = quantize_static(model, batches)
+    found = open_session(made.SerializeToString(), RunOptions(threads=1)).run(None, batches[0])[0]
+    assert sqnr_db(plain, found) > 30
 
 
 def test_static_refuses_bad_options(tmp_path: Path) -> None:

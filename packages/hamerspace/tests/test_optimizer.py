@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,25 @@ def result() -> OptimizationResult:
         techniques=TECHNIQUES,
         rounds=5,
     )
+
+
+def test_a_free_batch_is_timed_at_the_batch_size_of_the_metrics() -> None:
+    class Slow(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not torch.compiler.is_compiling():
+                time.sleep(0.005 * len(x))
+            return self.linear(x)
+
+    found = Optimizer.from_pytorch(Slow(), [None, 4]).optimize(
+        "auto", None, torch.randn(64, 4), preferred_backends=["pytorch"], techniques=["export"], rounds=5
+    )
+    metrics = found.report.original_metrics
+    assert metrics.batch_size == 1
+    assert 5 < metrics.latency_p50_ms < 60
 
 
 @pytest.fixture

@@ -230,6 +230,23 @@ def test_free_axes_stay_free(build):
         )
 
 
+def test_models_that_cannot_be_traced_are_exported_first(build):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    shapes = {"input_ids": [1, 12], "attention_mask": [1, 12]}
+    source = read(transformers.BertModel(config).eval(), input_shape=shapes)
+    feeds = feeds_of(source.info, 1)
+    wanted = original(source, feeds)
+    techniques = {"torchscript": 0.99999, "int8-dynamic": 0.99, "int8-static": 0.98}
+    reopened = reopen([build(source, technique)[0] for technique in techniques], feeds)
+    for given, least_cosine in zip(reopened, techniques.values(), strict=True):
+        assert list(given) == list(wanted)
+        assert all(cosine(array, wanted[name]) >= least_cosine for name, array in given.items())
+
+
 class Reshaped(torch.nn.Module):
     """Holds for a batch of one alone, once it has been traced."""
 

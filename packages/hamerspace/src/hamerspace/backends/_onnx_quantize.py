@@ -92,6 +92,7 @@ def quantize_static(
     def run(source: Path, target: Path) -> None:
         prepared = source.with_name("prepared.onnx")
         tools.quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        _flatten_biases(prepared)
         tools.quantize_static(
             prepared,
             target,
@@ -110,6 +111,22 @@ def quantize_static(
     if not found and not _uses(made, "QuantizeLinear"):
         raise BackendError("the model has no convolution or matrix product with constant weights")
     return made
+
+
+def _flatten_biases(path: Path) -> None:
+    """Make biases of one row vectors, which is the same sum; ONNX Runtime's quantiser fails on rows."""
+    model = onnx.open_model(path)
+    biases = {node.input[2] for node in model.graph.node if node.op_type == "Gemm" and len(node.input) > 2}
+    shared = {name for node in model.graph.node if node.op_type != "Gemm" for name in node.input}
+    rows = [
+        tensor
+        for tensor in model.graph.initializer
+        if tensor.name in biases - shared and len(tensor.dims) == 2 and tensor.dims[0] == 1
+    ]
+    for tensor in rows:
+        del tensor.dims[0]
+    if rows:
+        onnx.save(model, path)
 
 
 def quantize_weights(model: Any, *, bits: int, block_size: int) -> Any:

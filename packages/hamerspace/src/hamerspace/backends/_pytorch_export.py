@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -87,6 +88,56 @@ def trace(module: Any, info: ModelInfo) -> Converted:
         inputs = info.inputs if batch == 2 or not free else fixed.inputs
         return Converted(program=program, inputs=inputs, notes=_notes(info, inputs))
     raise BackendError("torch.jit.trace gave another model than it was given")
+
+
+def layered(module: Any, info: ModelInfo) -> tuple[Any, ModelInfo]:
+    """Return a module as torch.export follows it, which torch's tracers can follow, and what it takes.
+
+    Linear layers and embeddings are layers again, so that they can be quantised as such. Models that look at
+    lengths in their own code, as those of transformers do, cannot be traced as they are.
+
+    Raises:
+        BackendError: torch.export cannot follow the model.
+    """
+    torch = need("torch")
+    made = export(module, info)
+    found = made.program.module()
+    for place, node in enumerate(list(found.graph.nodes)):
+        if node.op == "call_module" and not node.users:  # it checks the lengths of inputs
+            found.graph.erase_node(node)
+        elif node.op == "call_function" and (pair := _layer_of(node, found)) is not None:
+            layer, given = pair
+            found.add_submodule(f"layer_{place}", layer)
+            with found.graph.inserting_before(node):
+                node.replace_all_uses_with(found.graph.call_module(f"layer_{place}", (given,)))
+            found.graph.erase_node(node)
+    found.graph.eliminate_dead_code()
+    # A module of its own holds what the graph uses and nothing else.
+    return torch.fx.GraphModule(found, found.graph).eval(), replace(info, inputs=made.inputs)
+
+
+def _layer_of(node: Any, module: Any) -> tuple[Any, Any] | None:
+    """Return the layer that a call of its function stands for, and what it is given."""
+    torch = need("torch")
+    aten, nn = torch.ops.aten, torch.nn
+
+    def held(one: Any) -> Any:
+        is_held = isinstance(one, torch.fx.Node) and one.op == "get_attr"
+        return operator.attrgetter(one.target)(module) if is_held else None
+
+    if node.target is aten.linear.default:
+        given, weight, bias = (*node.args, None)[:3]
+        value = held(weight)
+        if value is None or (bias is not None and held(bias) is None):
+            return None
+        layer = nn.Linear(value.shape[1], value.shape[0], bias=bias is not None, device="meta")
+        layer.weight = nn.Parameter(value, requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(held(bias), requires_grad=False)
+        return layer, given
+    if node.target is aten.embedding.default and (value := held(node.args[0])) is not None:
+        return nn.Embedding.from_pretrained(value), node.args[1]
+    return None
 
 
 def save_exported(program: Any, path: Path) -> None:

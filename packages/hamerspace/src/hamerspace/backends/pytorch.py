@@ -13,6 +13,7 @@ from hamerspace.backends._pytorch_export import (
     Converted,
     export,
     freeze,
+    layered,
     save_exported,
     save_torchscript,
     trace,
@@ -34,7 +35,7 @@ from hamerspace.backends._pytorch_signature import (
     with_lengths,
 )
 from hamerspace.backends.base import BaseBackend, BuildContext, Built, Candidate, Verdict
-from hamerspace.exceptions import BackendUnavailableError, UnsupportedError
+from hamerspace.exceptions import BackendError, BackendUnavailableError, UnsupportedError
 from hamerspace.models.info import DEFAULT_LENGTH, ModelInfo
 from hamerspace.runtimes.base import Runner, RunOptions
 from hamerspace.runtimes.torch import PositionalRunner, open_runner
@@ -292,7 +293,11 @@ def _torchscript(context: BuildContext) -> Built:
         frozen = freeze(module.model) if hasattr(module.model, "training") else module.model
         made = Converted(program=frozen, inputs=context.info.inputs, notes=())
     else:
-        traced = trace(module, context.info)
+        try:
+            traced = trace(module, context.info)
+        except BackendError:
+            module, info = layered(module, context.info)
+            traced = trace(module, info)
         made = Converted(program=freeze(traced.program), inputs=traced.inputs, notes=traced.notes)
     return _as_torchscript(context, module, made)
 
@@ -305,7 +310,13 @@ def _int8_dynamic(context: BuildContext) -> Built:
     model = own_model(context.source)
     note = dynamic_in_place(model)
     module = positional(model, context.info)
-    return _as_torchscript(context, module, trace(module, context.info), note)
+    try:
+        made = trace(module, context.info)
+    except BackendError:
+        module, info = layered(_wrapped(context), context.info)
+        note = dynamic_in_place(module)
+        made = trace(module, info)
+    return _as_torchscript(context, module, made, note)
 
 
 def _int8_static(context: BuildContext) -> Built:
@@ -313,9 +324,14 @@ def _int8_static(context: BuildContext) -> Built:
         raise BackendUnavailableError("this torch has no torch.ao.quantization; int8-static-compiled does it")
     batches = calibration_tensors(context, context.info.inputs)
     example = batches[0] if batches else tensors_of(context.example(), context.info)
-    quantised = static_by_fx(own_model(context.source), example, batches)
-    module = positional(quantised, context.info)
-    return _as_torchscript(context, module, trace(module, context.info))
+    info = context.info
+    try:
+        module = positional(static_by_fx(own_model(context.source), example, batches), info)
+    except UnsupportedError:
+        plain, info = layered(_wrapped(context), info)
+        batches = calibration_tensors(context, info.inputs)
+        module = static_by_fx(plain, batches[0] if batches else tensors_of(info.draw(1), info), batches)
+    return _as_torchscript(context, module, trace(module, info))
 
 
 def _int8_compiled(context: BuildContext, *, dynamic: bool) -> Built:

@@ -131,7 +131,11 @@ class Trials:
             self._basis = "samples of your data"
         else:
             self._inputs, self._basis = self._probes, "random inputs"
-        self._feeds = self._probes[0]
+        # A model that takes any number of samples is timed on as many as its metrics say.
+        free = {spec.name for spec in info.inputs if spec.shape and spec.batch is None}
+        self._feeds = {
+            name: array[: self._size] if name in free else array for name, array in self._probes[0].items()
+        }
         self._original: Worker | None = None
         self._like: LoadedModel | None = None
         self.baseline: Baseline | None = None
