@@ -122,6 +122,25 @@ def test_saving_again_replaces_an_artifact(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "folder") == manifest
 
 
+def test_files_that_were_put_beside_an_artifact_are_kept(tmp_path: Path) -> None:
+    folder, manifest = tmp_path / "made", made(tmp_path / "made")
+    save_artifact(folder, manifest, tmp_path / "kept")
+    (tmp_path / "kept" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        save_artifact(folder, manifest, tmp_path / "kept")
+    assert (tmp_path / "kept" / "notes.txt").read_text() == "mine"
+    (tmp_path / "plain").write_text("a file")
+    with pytest.raises(FileExistsError, match="is a file"):
+        save_artifact(folder, manifest, tmp_path / "plain")
+
+
+def test_a_manifest_has_to_name_the_files_of_the_model(tmp_path: Path) -> None:
+    manifest = made(tmp_path)
+    for files in ({}, {"other.bin": (1, "0" * 64)}):
+        with pytest.raises(ArtifactError, match="does not name all files"):
+            manifest_from_dict({**manifest.to_dict(), "files": files}, "it")
+
+
 def test_an_archive_and_back(tmp_path: Path) -> None:
     manifest = made(tmp_path / "made")
     archive(tmp_path / "made", tmp_path / "model.pt")

@@ -70,3 +70,13 @@ def test_inputs_that_do_not_fit(args: tuple[object, ...], kwargs: dict[str, obje
 def test_an_unknown_output_is_named() -> None:
     with pytest.raises(AttributeError, match="logits"):
         _ = MODEL(np.ones((2, 3), "float32")).logits
+
+
+def test_integers_do_not_wrap_and_scalars_stay_scalars() -> None:
+    model = LoadedModel(lambda feeds: {"y": feeds["x"]}, (spec("x", 2, dtype="uint8"),), (spec("y", 2),))
+    assert model(np.array([0, 255])).dtype == np.uint8
+    for wrong in ([300, 1], [-1, 1]):
+        with pytest.raises(ModelInputError, match="uint8 does not"):
+            model(np.array(wrong))
+    scalar = LoadedModel(lambda feeds: {"y": feeds["s"]}, (spec("s"),), (spec("y"),))
+    assert scalar(np.float32(2.5)).shape == ()

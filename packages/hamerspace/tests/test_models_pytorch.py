@@ -223,6 +223,13 @@ def test_an_archive_cannot_name_functions_or_hold_code(exported, tmp_path):
     with pytest.raises(UnsafeModelError, match=r"torch\.os\.system"):
         read(tmp_path / "call.pt2")
 
+    def open_file(data: bytes) -> bytes:
+        return data.replace(b"torch.ops.aten.linear.default", b"torch.ops.aten.from_file.default", 1)
+
+    rewrite(exported, tmp_path / "file.pt2", "models/model.json", open_file)
+    with pytest.raises(UnsafeModelError, match="from_file"):
+        read(tmp_path / "file.pt2")
+
     def evaluate(data: bytes) -> bytes:
         program = json.loads(data)
         text = json.dumps(program)
@@ -273,6 +280,35 @@ def test_what_is_no_model_is_refused(tmp_path):
         read(tmp_path / "tensor.pt")
     with pytest.raises(ModelError, match="int"):
         read(3)
+
+
+def test_models_that_open_files_are_refused_before_they_do(tmp_path):
+    class Saves(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch.save(x, "written")
+            return x
+
+    class Maps(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.from_file("written", True, 4)
+
+    for model in (Saves(), Maps()):
+        torch.jit.script(model).save(str(tmp_path / "script.pt"))
+        with pytest.raises(UnsafeModelError, match="opens files"):
+            read(tmp_path / "script.pt", input_shape=[4])
+
+
+def test_errors_without_words(net, tmp_path):
+    class Bare(torch.nn.Module):
+        def forward(self, x):
+            raise AssertionError
+
+    with pytest.raises(ModelError, match="AssertionError"):
+        read(Bare(), input_shape=[1, 4])
+    for content in (b"\x80\x02.", b"\x80\x02Nb."):
+        (tmp_path / "bad.pt").write_bytes(content)
+        with pytest.raises(ModelError):
+            read(tmp_path / "bad.pt", input_shape=[1, 6], into=net)
 
 
 def test_shapes_that_do_not_fit(net):

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -86,6 +87,10 @@ def manifest_from_dict(data: Any, where: str) -> Manifest:
         raise ArtifactError(f"{where} is damaged: {error}") from error
     for name in (*found.files, *(() if found.main == "." else (found.main,))):
         inside(Path(), name, where)
+    needed = {name for form in found.forms.values() for name in form} | {found.main}
+    folders = {parent.as_posix() for name in found.files for parent in PurePosixPath(name).parents}
+    if not needed <= set(found.files) | folders:
+        raise ArtifactError(f"{where} is damaged: it does not name all files of the model")
     return found
 
 
@@ -141,9 +146,16 @@ class replacing:
                 for path in made.rglob("*") if made.is_dir() else [made]:
                     if path.is_file():
                         _sync(path)
+                old = self._room.with_name(self._room.name + ".old")
                 if made.is_dir() and self._path.is_dir():
-                    self._path.rename(self._room / "replaced")
-                made.replace(self._path)
+                    self._path.rename(old)
+                try:
+                    made.replace(self._path)
+                except BaseException:
+                    if old.is_dir():
+                        old.rename(self._path)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(self._room, ignore_errors=True)
 
@@ -235,7 +247,7 @@ def unpack(path: Path, folder: Path) -> None:
                 with source.open(name) as packed, target.open("wb") as file:
                     shutil.copyfileobj(packed, file)
             write_json(folder / MANIFEST, manifest.to_dict())
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"{path} is damaged: {error}") from error

@@ -57,3 +57,9 @@ class WorkerError(BackendError):
 
 class UnsupportedError(HamerspaceError, NotImplementedError):
     """No backend can do this to this kind of model."""
+
+
+def first_line(error: BaseException | None) -> str:
+    """Return the first line of what an exception says, or its class where it says nothing."""
+    lines = str(error or "").strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -13,6 +13,7 @@ from hamerspace.artifact import (
     Manifest,
     archive,
     copy_files,
+    list_files,
     read_manifest,
     replacing,
     write_json,
@@ -60,8 +61,16 @@ def save_artifact(folder: Path, manifest: Manifest, path: Path) -> Path:
 
 
 def _save_folder(folder: Path, path: Path) -> Path:
-    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
-        raise FileExistsError(f"{path} is a folder with other files in it; give another name")
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(
+            f"{path} is a file, and a model without an ending is a folder; give another name"
+        )
+    if path.is_dir() and any(path.iterdir()):
+        known = set(read_manifest(path, verify=False).files) if (path / MANIFEST).is_file() else set[str]()
+        if foreign := sorted(set(list_files(path)) - known):
+            raise FileExistsError(
+                f"{path} is a folder with other files in it ({', '.join(foreign[:3])}); give another name"
+            )
     read_manifest(folder)
     with replacing(path) as temporary:
         shutil.copytree(folder, temporary)

@@ -55,7 +55,7 @@ def _run(order: Path, log: Path, threads: int, limit_s: float) -> int | None:
     program = f"from hamerspace.backends._tvm_tune import main; main({str(order)!r}, {os.getpid()})"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", program],
+            [sys.executable, "-P", "-c", program],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

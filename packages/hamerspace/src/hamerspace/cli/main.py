@@ -314,7 +314,7 @@ def report(
     """Show a saved report, or make a page of it."""
     from hamerspace.artifact import read_json, replacing
     from hamerspace.core._page import page
-    from hamerspace.exceptions import ArtifactError
+    from hamerspace.exceptions import ArtifactError, UnsupportedError
 
     with _told():
         if not path.is_file():
@@ -324,9 +324,11 @@ def report(
             raise ArtifactError(f"{path} is no report of hamerspace")
         try:
             made = page(data)  # pyright: ignore[reportUnknownArgumentType]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ArtifactError(f"{path} is damaged: {error}") from error
         if output is not None:
+            if output.suffix.lower() != ".html":
+                raise UnsupportedError(f"the page is HTML; name it .html, not {output.name}")
             with replacing(output) as temporary:
                 temporary.write_text(made, encoding="utf-8")
             typer.echo(f"written to {output}")

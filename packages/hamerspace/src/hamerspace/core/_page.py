@@ -25,6 +25,11 @@ _WIDTH, _HEIGHT = 720, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 16, 44
 
 
+def smaller(ratio: float) -> str:
+    """Say by how much something shrank, of which `ratio` is gone."""
+    return f"{ratio:.0%} smaller" if ratio >= 0 else f"{-ratio:.0%} larger"
+
+
 def page(report: Mapping[str, Any]) -> str:
     """Return the page of a report, given as `CompressionReport.to_dict` gives it."""
     old, new = report["original_metrics"], report["optimized_metrics"]
@@ -35,7 +40,7 @@ def page(report: Mapping[str, Any]) -> str:
             "Size",
             _n(old["size_mb"], "MB"),
             _n(new["size_mb"], "MB"),
-            f"{report['size_reduction_ratio']:.0%} smaller",
+            smaller(report["size_reduction_ratio"]),
         ],
         [
             "Latency, median",

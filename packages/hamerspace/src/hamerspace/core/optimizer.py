@@ -499,6 +499,7 @@ def _plan(
             CandidateReport(backend=backend, technique=technique, outcome="skipped", reason=reason)
         )
 
+    techniques = [techniques] if isinstance(techniques, str) else techniques
     for name in preferred or backend_names():
         try:
             backend = get_backend(name)

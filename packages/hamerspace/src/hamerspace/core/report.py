@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hamerspace.artifact import replacing, write_json
-from hamerspace.core._page import page
+from hamerspace.core._page import page, smaller
 from hamerspace.core.config import OptimizationConfig, config_from_dict
 from hamerspace.exceptions import ArtifactError, UnsupportedError
 from hamerspace.measure.fidelity import Fidelity
@@ -180,7 +180,7 @@ def _text(report: CompressionReport) -> list[str]:
                     "size",
                     f"{old.size_mb:.2f} MB",
                     f"{new.size_mb:.2f} MB",
-                    _smaller(report.size_reduction_ratio),
+                    smaller(report.size_reduction_ratio),
                 ],
                 [
                     "latency, median",
@@ -265,7 +265,7 @@ def _markdown(report: CompressionReport) -> str:
                     "size",
                     f"{old.size_mb:.2f} MB",
                     f"{new.size_mb:.2f} MB",
-                    _smaller(report.size_reduction_ratio),
+                    smaller(report.size_reduction_ratio),
                 ],
                 [
                     "latency",
@@ -292,10 +292,6 @@ def _markdown(report: CompressionReport) -> str:
         *(f"- {note}" for note in report.notes),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _smaller(ratio: float) -> str:
-    return f"{ratio:.0%} smaller" if ratio >= 0 else f"{-ratio:.0%} larger"
 
 
 def _tail(metrics: ModelMetrics) -> str:
@@ -330,7 +326,9 @@ def report_from_dict(data: Mapping[str, Any]) -> CompressionReport:
 
     def fidelity(entries: Any) -> Any:
         # JSON has no infinity, which is what the ratio is where nothing differs.
-        return made(Fidelity, entries and {**entries, "sqnr_db": entries["sqnr_db"] or math.inf})
+        if entries is not None and entries["sqnr_db"] is None:
+            entries = {**entries, "sqnr_db": math.inf}
+        return made(Fidelity, entries)
 
     def candidate(entries: Any) -> CandidateReport:
         read: dict[str, Any] = {

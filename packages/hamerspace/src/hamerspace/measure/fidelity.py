@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -107,6 +108,18 @@ def _agreement(wanted: Array, found: Array) -> Array | None:
     if wanted.ndim != 2 or wanted.dtype.kind != "f" or not 2 <= wanted.shape[1] <= 200_000:
         return None
     return wanted.argmax(1) == found.argmax(1)
+
+
+def checked_score(value: Any) -> float:
+    """Return what ``validation_fn`` returned as a number.
+
+    Raises:
+        ValueError: it is none, or not finite.
+    """
+    score = float(value)
+    if not math.isfinite(score):
+        raise ValueError(f"validation_fn returned {score}; it has to return a finite number")
+    return score
 
 
 def accuracy(outputs: Sequence[Feeds], labels: Sequence[Array]) -> float:

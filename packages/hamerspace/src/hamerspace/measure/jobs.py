@@ -15,6 +15,7 @@ from typing import Any, Final
 from hamerspace._arrays import Kind
 from hamerspace._pickling import dumps
 from hamerspace._processes import end_with_parent
+from hamerspace.measure.fidelity import checked_score
 from hamerspace.models.info import Array, Feeds, ModelInfo
 from hamerspace.models.source import ModelSource
 from hamerspace.runtimes.base import Runner, RunOptions
@@ -90,7 +91,7 @@ class Jobs:
         model = LoadedModel(
             self._runner.run, self._model.inputs, self._model.outputs, self._model.structure, kind
         )
-        return float(score(model))
+        return checked_score(score(model))
 
     def prepare(self, feeds: Feeds) -> int:
         """Warm the model up for timing on these inputs; return how many calls make a round."""

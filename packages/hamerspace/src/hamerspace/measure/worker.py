@@ -72,6 +72,8 @@ class Worker:
         with there, log.open("ab") as output:
             command = [
                 sys.executable,
+                # Modules come from where the caller's do, and not from the current folder.
+                "-P",
                 "-c",
                 f"from hamerspace.measure.jobs import serve; serve({there.fileno()}, {os.getpid()})",
             ]

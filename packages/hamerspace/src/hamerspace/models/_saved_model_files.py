@@ -11,8 +11,15 @@ from hamerspace.models._tensorflow_graph import SIGNATURE, Endpoint, Traced, fir
 from hamerspace.runtimes._tensorflow_library import quiet, tensorflow
 
 _REFUSED_OPS: Final = frozenset(
-    {"EagerPyFunc", "PyFunc", "PyFuncStateless", "ReadFile", "WriteFile", "MatchingFiles", "LoadDataset"}
-)
+    {
+        "EagerPyFunc", "PyFunc", "PyFuncStateless", "ReadFile", "WriteFile", "MatchingFiles", "LoadDataset",
+        "SaveDataset", "SaveDatasetV2", "CreateSummaryFileWriter", "CreateSummaryDbWriter", "TextLineReader",
+        "TextLineReaderV2", "TextLineDataset", "TFRecordReader", "TFRecordReaderV2", "TFRecordDataset",
+        "TFRecordDatasetV2", "WholeFileReader", "WholeFileReaderV2", "FixedLengthRecordReader",
+        "FixedLengthRecordReaderV2", "FixedLengthRecordDataset", "FixedLengthRecordDatasetV2",
+        "DebugIdentity", "DebugIdentityV2", "DebugIdentityV3", "DebugNumericSummaryV2",
+    }
+)  # fmt: skip
 """What reaches out of the graph: into Python, or into files that are no part of the model."""
 
 
@@ -80,8 +87,13 @@ def _refuse_reaching_out(path: Path) -> None:
         raise ModelError(f"{path} is no SavedModel, or is damaged: {first_line(error)}") from error
     used: set[str] = set()
     for graph in (meta.graph_def for meta in message.meta_graphs):
-        used.update(node.op for node in graph.node)
-        used.update(node.op for function in graph.library.function for node in function.node_def)
+        nodes = [*graph.node, *(node for one in graph.library.function for node in one.node_def)]
+        used.update(node.op for node in nodes)
+        for node in nodes:
+            if node.op == "PrintV2" and node.attr["output_stream"].s.startswith(b"file:"):
+                raise UnsafeModelError(
+                    f"{path} has PrintV2 into a file in its graph; take it out of the model"
+                )
     if refused := sorted(used & _REFUSED_OPS):
         raise UnsafeModelError(
             f"{path} has {', '.join(refused)} in its graph, which run Python or open files; take them out of "

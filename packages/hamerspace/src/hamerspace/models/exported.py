@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from hamerspace._imports import need
-from hamerspace.exceptions import ModelError, UnsafeModelError
+from hamerspace.exceptions import ModelError, UnsafeModelError, first_line
 
 _TARGET: Final = re.compile(
-    r"torch\.ops\.[A-Za-z_]\w*\.[A-Za-z_]\w*(\.\w+)?"
+    # What reaches files, other processes or the debugger is no part of a model.
+    r"torch\.ops\.(?!(prim|debugprims|profiler|rpc|_?c10d\w*)\.|aten\.(from_file|save|load)\b)"
+    r"[A-Za-z_]\w*\.[A-Za-z_]\w*(\.\w+)?"
     r"|_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|getitem|pos|not_)"
     r"|torch\.(sym_int|sym_float|sym_max|sym_min|sym_not|sym_ite|sym_sum|_sym_sqrt)"
     r"|math\.(ceil|floor|trunc)"
@@ -64,8 +66,7 @@ def load_exported(path: Path) -> Any:
     except UnsafeModelError:
         raise
     except Exception as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{path} cannot be read as a torch.export archive: {first}") from error
+        raise ModelError(f"{path} cannot be read as a torch.export archive: {first_line(error)}") from error
     for node in program.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, str):
             raise ModelError(

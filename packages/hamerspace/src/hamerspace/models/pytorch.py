@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import numpy as np
 
 from hamerspace._arrays import as_array, flatten_outputs
 from hamerspace._imports import need
-from hamerspace.exceptions import ConstraintError, ModelError, UnsafeModelError
+from hamerspace.exceptions import ConstraintError, ModelError, UnsafeModelError, first_line
 from hamerspace.models.exported import load_exported
 from hamerspace.models.info import Array, Feeds, ModelInfo, TensorSpec, shapes_of, spec_of
 from hamerspace.models.reading import check_exists
 from hamerspace.models.source import ModelSource
 from hamerspace.runtimes.base import Runner, RunOptions
+
+_FILES_IN_SCRIPT: Final = re.compile(rb"\b(torch|ops\.\w+)\.(save|from_file|load)\b")
 
 _INTEGER_NAMES = ("ids", "mask", "token", "index", "indices", "idx")
 
@@ -95,7 +99,7 @@ def _open(path: Path, into: Any, allow_pickle: bool) -> Any:
     except ModelError:
         raise
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{path} cannot be read as {kind}: {first_line(error)}") from error
     if kind == "aoti":
         raise ModelError(
             f"{path} is a package of AOTInductor, which is compiled already; give its source model"
@@ -152,11 +156,11 @@ def _unpickle(path: Path, allow_pickle: bool) -> Any:
         KeyError,
         OSError,
         AttributeError,
+        IndexError,
+        TypeError,
     ) as error:
         if "weights_only" not in str(error) and "Unsupported" not in str(error):
-            raise ModelError(
-                f"{path} is no model of torch, or is damaged: {str(error).splitlines()[0]}"
-            ) from error
+            raise ModelError(f"{path} is no model of torch, or is damaged: {first_line(error)}") from error
         if not allow_pickle:
             raise UnsafeModelError(
                 f"{path} holds a pickled object, which would execute code when it is read. If you trust it, "
@@ -186,8 +190,19 @@ def _fill(into: Any, state: Mapping[str, Any], where: str) -> Any:
 
 
 def open_torchscript(path: Path, device: str = "cpu") -> Any:
-    """Load TorchScript, without what torch says of its future."""
+    """Load TorchScript, without what torch says of its future.
+
+    Raises:
+        UnsafeModelError: its code opens files, which it could do as soon as it is loaded.
+    """
     torch = need("torch")
+    with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith(".py") and (found := _FILES_IN_SCRIPT.search(archive.read(name))):
+                raise UnsafeModelError(
+                    f"{path} holds TorchScript that calls {found[0].decode()}, which opens files; take it "
+                    "out of the model before it is saved"
+                )
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
@@ -205,8 +220,8 @@ def open_transformers(path: Path) -> Any:
         return owner.from_pretrained(
             path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="float32"
         ).eval()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{path} cannot be read by transformers: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        raise ModelError(f"{path} cannot be read by transformers: {first_line(error)}") from error
 
 
 def load(source: ModelSource) -> Any:
@@ -333,7 +348,7 @@ def _example_feeds(model: Any, form: str, input_shape: Any, example_inputs: Any)
         else:
             return feeds
     raise ModelError(
-        f"the model does not take inputs of the shape {input_shape}: {str(failure).splitlines()[0]}; give "
+        f"the model does not take inputs of the shape {input_shape}: {first_line(failure)}; give "
         "shapes that fit, or example_inputs for other dtypes"
     ) from failure
 
@@ -410,7 +425,7 @@ def describe(model: Any, form: str, feeds: Mapping[str, Any], input_shape: Any, 
             structure, outputs = flatten_outputs(given)
         except Exception as error:
             raise ModelError(
-                f"the model fails on its example inputs: {type(error).__name__}: {str(error).splitlines()[0]}"
+                f"the model fails on its example inputs: {type(error).__name__}: {first_line(error)}"
             ) from error
     arrays = {key: as_array(value) for key, value in outputs.items()}
     for key, array in arrays.items():

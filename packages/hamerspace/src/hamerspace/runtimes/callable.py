@@ -130,7 +130,11 @@ def fit(spec: TensorSpec, array: Array) -> Array:
                 f"input {spec.name} has the dtype {array.dtype.name}, and the model takes {spec.dtype}; "
                 f'convert it first, as by array.astype("{spec.dtype}")'
             )
-        array = array.astype(wanted)
+        given, array = array, array.astype(wanted)
+        if wanted.kind in "iub" and not np.array_equal(given, array):
+            raise ModelInputError(
+                f"input {spec.name} holds numbers that {spec.dtype} does not, which the model takes"
+            )
     fits = array.ndim == len(spec.shape) and all(
         axis == 0 or isinstance(length, str) or length == array.shape[axis]
         for axis, length in enumerate(spec.shape)
@@ -139,4 +143,4 @@ def fit(spec: TensorSpec, array: Array) -> Array:
         raise ModelInputError(
             f"input {spec.name} has the shape {list(array.shape)}, and the model takes {list(spec.shape)}"
         )
-    return np.ascontiguousarray(array)
+    return np.require(array, requirements="C")

@@ -11,7 +11,7 @@ import numpy as np
 from hamerspace._arrays import as_array, flatten_outputs
 from hamerspace._imports import need
 from hamerspace.artifact import Manifest
-from hamerspace.exceptions import ArtifactError, BackendError, ModelError
+from hamerspace.exceptions import ArtifactError, BackendError, ModelError, first_line
 from hamerspace.models.exported import load_exported
 from hamerspace.models.info import Array, Feeds, TensorSpec
 from hamerspace.models.pytorch import open_torchscript
@@ -100,7 +100,7 @@ def _open_torchscript(path: Path, device: str) -> Any:
     try:
         return open_torchscript(path, device).eval()
     except RuntimeError as error:
-        raise ArtifactError(f"{path} cannot be read as TorchScript: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(f"{path} cannot be read as TorchScript: {first_line(error)}") from error
 
 
 def _open_compiled(path: Path, device: str) -> Any:
@@ -108,9 +108,7 @@ def _open_compiled(path: Path, device: str) -> Any:
     try:
         package = need("torch._inductor").aoti_load_package(str(path))
     except RuntimeError as error:
-        raise ArtifactError(
-            f"{path} cannot be opened by AOTInductor: {str(error).splitlines()[0]}"
-        ) from error
+        raise ArtifactError(f"{path} cannot be opened by AOTInductor: {first_line(error)}") from error
     # A call of the package itself reads the structure of inputs and outputs from JSON each time.
     pytree, loader = need("torch.utils._pytree"), package.loader
     structure = pytree.treespec_loads(loader.get_call_spec()[1])

@@ -10,7 +10,7 @@ from hamerspace._arrays import Kind
 from hamerspace._pickling import dumps
 from hamerspace.exceptions import BackendError
 from hamerspace.measure.data import Batch
-from hamerspace.measure.fidelity import accuracy
+from hamerspace.measure.fidelity import accuracy, checked_score
 from hamerspace.measure.worker import JobError, Worker
 from hamerspace.models.info import Framework
 from hamerspace.runtimes.callable import LoadedModel
@@ -73,7 +73,10 @@ class Scoring:
         model = LoadedModel(
             lambda feeds: worker.call("run", [feeds])[0], like.inputs, like.outputs, like.structure, self.kind
         )
-        return float(self.function(model))
+        try:
+            return checked_score(self.function(model))
+        except Exception as error:
+            raise BackendError(f"validation failed: {type(error).__name__}: {error}") from error
 
 
 def scoring_of(
