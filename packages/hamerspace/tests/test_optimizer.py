@@ -98,6 +98,27 @@ def result() -> OptimizationResult:
     )
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"threads": 0},
+        {"time_limit_s": -1},
+        {"memory_limit_mb": 0},
+        {"rounds": 7.5},
+        {"min_cosine": float("nan")},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_limits_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConstraintError, match=next(iter(wrong))):
+        Optimizer.from_pytorch(network(), [1, 1, 8, 8]).optimize("auto", **wrong)
+
+
+def test_techniques_may_be_one_name() -> None:
+    with pytest.raises(UnsupportedError, match="by int8-dyn"):
+        Optimizer.from_pytorch(network(), [1, 1, 8, 8]).optimize("auto", techniques="int8-dyn")
+
+
 def test_a_free_batch_is_timed_at_the_batch_size_of_the_metrics() -> None:
     class Slow(torch.nn.Module):
         def __init__(self) -> None:

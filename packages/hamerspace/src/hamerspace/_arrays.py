@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hamerspace._imports import need
 from hamerspace.models.info import Array
 
 Kind = Literal["numpy", "torch", "tensorflow"]
@@ -48,7 +49,8 @@ def as_kind(array: Array, kind: Kind) -> Any:
         import torch
 
         return torch.from_numpy(np.require(array, requirements=["C", "W"]))  # pyright: ignore[reportUnknownMemberType]
-    return sys.modules["tensorflow"].convert_to_tensor(array)
+    # A worker that runs another runtime has not loaded it yet.
+    return need("tensorflow").convert_to_tensor(array)
 
 
 class NamedOutputs(dict[str, Any]):

@@ -147,8 +147,11 @@ def optimize(
 ) -> None:
     """Find the best form of MODEL that meets the constraints, and save it."""
     from hamerspace import Constraints
+    from hamerspace.core.report import check_ending
 
     with _told():
+        if report is not None:
+            check_ending(report)
         constraints = Constraints(
             target_size_mb=max_size,
             max_latency_ms=max_latency,

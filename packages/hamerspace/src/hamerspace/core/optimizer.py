@@ -20,7 +20,7 @@ from hamerspace.core.goals import OptimizationGoal, goal_of
 from hamerspace.core.report import CandidateReport, CompressionReport
 from hamerspace.core.result import OptimizationResult
 from hamerspace.exceptions import BackendError, ConstraintError, ModelError, UnsupportedError
-from hamerspace.measure.benchmarker import Benchmarker, hardware_of, reshaped
+from hamerspace.measure.benchmarker import Benchmarker, check_positive, hardware_of, reshaped
 from hamerspace.measure.data import Batch, cut, read_batches
 from hamerspace.measure.metrics import ModelMetrics
 from hamerspace.models.info import ModelInfo
@@ -250,8 +250,15 @@ class Optimizer:
             raise UnsupportedError(
                 "distillation is not there yet; train a smaller model on this one's outputs"
             )
+        check_positive("rounds", rounds)
         if rounds < 5:
             raise ConstraintError(f"rounds is {rounds}; a median wants 5 at the least")
+        check_positive("threads", threads)
+        for name, value in (("time_limit_s", time_limit_s), ("memory_limit_mb", memory_limit_mb)):
+            if value is not None and not value > 0:
+                raise ConstraintError(f"{name} is {value!r}; it is a number above 0")
+        if not -1 <= min_cosine <= 1:
+            raise ConstraintError(f"min_cosine is {min_cosine!r}; it lies between -1 and 1")
         preferred = _named(preferred_backends)
         info = _batched(self.model_info, limits.batch_size)
         source = replace(self._source, info=info)

@@ -18,6 +18,8 @@ from hamerspace.measure.statistics import Ratio
 from hamerspace.search.selection import ConstraintVerdict
 from hamerspace.search.trials import Trial
 
+_ENDINGS = (".txt", ".md", ".json", ".html")
+
 _HELP_ACCURACY = (
     "The accuracy constraint is undecided: nothing was given to measure accuracy with. "
     "Give optimize() validation_data with labels, or a validation_fn."
@@ -149,11 +151,22 @@ class CompressionReport:
         if ending == ".json":
             write_json(target, finite(self.to_dict()))
             return target
-        if ending not in forms:
-            raise UnsupportedError(f"a report is written as {', '.join(forms)} or .json, not as {ending!r}")
+        check_ending(target)
         with replacing(target) as temporary:
             temporary.write_text(forms[ending](self), encoding="utf-8")
         return target
+
+
+def check_ending(path: Path) -> None:
+    """Raise unless a report can be written under this name.
+
+    Raises:
+        UnsupportedError: its ending is none of a report's.
+    """
+    if path.suffix.lower() not in _ENDINGS:
+        raise UnsupportedError(
+            f"a report is written as {', '.join(_ENDINGS)}, not as {path.suffix.lower()!r}"
+        )
 
 
 def finite(value: Any) -> Any:
