@@ -11,7 +11,7 @@ from typing import Any
 
 from hamerspace._imports import need
 from hamerspace.backends._pytorch_export import quiet
-from hamerspace.exceptions import BackendError
+from hamerspace.exceptions import BackendError, first_line
 
 
 def why_no_compiler() -> str | None:
@@ -48,8 +48,7 @@ def compile_package(program: Any, path: Path, *, threads: int, work: Path) -> No
                 program, package_path=str(path), inductor_configs=options
             )
     except Exception as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise BackendError(f"AOTInductor failed: {first[0]}") from error
+        raise BackendError(f"AOTInductor failed: {first_line(error)}") from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 from hamerspace._imports import need
 from hamerspace.backends._pytorch_signature import OTHER_LENGTH, tensors_of, with_lengths
-from hamerspace.exceptions import BackendError
+from hamerspace.exceptions import BackendError, first_line
 from hamerspace.models.info import DEFAULT_LENGTH, ModelInfo, TensorSpec
 
 _AGREEMENT = 1e-3
@@ -59,8 +59,7 @@ def export(module: Any, info: ModelInfo, device: str = "cpu") -> Converted:
     try:
         program = _export(module, static, static, device)
     except Exception as error:
-        first = str(failure or error).strip().splitlines() or [type(error).__name__]
-        raise BackendError(f"torch.export cannot follow the model: {first[0]}") from error
+        raise BackendError(f"torch.export cannot follow the model: {first_line(failure or error)}") from error
     return Converted(program=program, inputs=static.inputs, notes=_notes(info, static.inputs))
 
 
@@ -81,8 +80,7 @@ def trace(module: Any, info: ModelInfo) -> Converted:
                 example = tensors_of(fixed.draw(batch), info)
                 program = torch.jit.trace(module, example, check_trace=False, strict=False).eval()
         except Exception as error:
-            first = str(error).strip().splitlines() or [type(error).__name__]
-            raise BackendError(f"torch.jit.trace cannot follow the model: {first[0]}") from error
+            raise BackendError(f"torch.jit.trace cannot follow the model: {first_line(error)}") from error
         if batch == 2 and not _agrees(program, module, info):
             continue
         inputs = info.inputs if batch == 2 or not free else fixed.inputs

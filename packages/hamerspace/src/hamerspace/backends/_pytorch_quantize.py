@@ -10,7 +10,7 @@ from typing import Any, Final
 from hamerspace._imports import need
 from hamerspace.backends._pytorch_export import quiet
 from hamerspace.backends._pytorch_layers import embeddings_in_place
-from hamerspace.exceptions import BackendError, UnsupportedError
+from hamerspace.exceptions import BackendError, UnsupportedError, first_line
 
 GROUP: Final = 32
 """Weights that share a scale in int4."""
@@ -60,7 +60,8 @@ def static_by_fx(module: Any, example: tuple[Any, ...], batches: Iterable[tuple[
             prepared = fx.prepare_fx(module, mapping, example)
         except Exception as error:
             raise UnsupportedError(
-                f"torch.fx cannot trace the model ({_first(error)}); int8-static-compiled needs no such trace"
+                f"torch.fx cannot trace the model ({first_line(error)}); int8-static-compiled needs no such "
+                "trace"
             ) from error
         for batch in batches:
             prepared(*batch)
@@ -119,7 +120,7 @@ def by_pt2e(program: Any, batches: Iterable[tuple[Any, ...]], *, dynamic: bool) 
                 prepared(*batch)
             return steps.convert_pt2e(prepared)
         except Exception as error:
-            raise BackendError(f"PT2E cannot quantise the model: {_first(error)}") from error
+            raise BackendError(f"PT2E cannot quantise the model: {first_line(error)}") from error
 
 
 def fuse_for_x86(converted: Any, example: tuple[Any, ...]) -> Any:
@@ -136,7 +137,7 @@ def fuse_for_x86(converted: Any, example: tuple[Any, ...]) -> Any:
             lower = need("torchao.quantization.pt2e.lowering").lower_pt2e_quantized_to_x86
             lowered = lower(converted, example)
         except Exception as error:
-            raise BackendError(f"torchao cannot lower the int8 graph to x86: {_first(error)}") from error
+            raise BackendError(f"torchao cannot lower the int8 graph to x86: {first_line(error)}") from error
     # Convolutions of oneDNN give their channels last, where a view of a contiguous tensor does not hold.
     for node in lowered.graph.nodes:
         if node.target is torch.ops.aten.view.default:
@@ -148,10 +149,6 @@ def fuse_for_x86(converted: Any, example: tuple[Any, ...]) -> Any:
             lowered.register_parameter(name, torch.nn.Parameter(packed, requires_grad=False))
     lowered.recompile()
     return lowered
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hamerspace._imports import has, need
-from hamerspace.exceptions import ConstraintError, ModelError
+from hamerspace.exceptions import ConstraintError, ModelError, first_line
 from hamerspace.models.info import ModelInfo, TensorSpec, shapes_of
 from hamerspace.models.reading import check_exists
 from hamerspace.models.source import ModelSource
@@ -92,7 +92,7 @@ def open_model(path: Path, *, weights: bool = True) -> Any:
             _check_data_files(model, path)
             onnx.load_external_data_for_model(model, str(path.parent))
     except (message.DecodeError, UnicodeDecodeError, onnx.checker.ValidationError) as error:
-        raise ModelError(f"{path} is no model of ONNX, or is damaged: {_brief(error)}") from error
+        raise ModelError(f"{path} is no model of ONNX, or is damaged: {first_line(error)}") from error
     if not model.ir_version or not (model.graph.node or model.graph.output):
         raise ModelError(f"{path} is no model of ONNX")
     return model
@@ -122,7 +122,7 @@ def check(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
-        raise ModelError(f"{path} is no valid model of ONNX: {_brief(error)}") from error
+        raise ModelError(f"{path} is no valid model of ONNX: {first_line(error)}") from error
 
 
 def data_files(model: Any) -> dict[str, int]:
@@ -255,7 +255,7 @@ def _check_proto(model: Any, where: str) -> None:
         if model.ByteSize() < _SINGLE_FILE_LIMIT:
             onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
-        raise ModelError(f"{where} is no valid model of ONNX: {_brief(error)}") from error
+        raise ModelError(f"{where} is no valid model of ONNX: {first_line(error)}") from error
 
 
 def _check_data_files(model: Any, path: Path) -> None:
@@ -277,13 +277,9 @@ def _try_once(source: ModelSource) -> None:
         raise
     except Exception as error:
         raise ModelError(
-            f"{source.info.name} fails in ONNX Runtime on inputs drawn to its signature: {_brief(error)}; "
-            "give input_shape if it needs other lengths"
+            f"{source.info.name} fails in ONNX Runtime on inputs drawn to its signature: "
+            f"{first_line(error)}; give input_shape if it needs other lengths"
         ) from error
     for name, array in outputs.items():
         if array.dtype.kind == "f" and np.isnan(array).any():
             raise ModelError(f"the model gives NaN in {name!r}; look for weights that are NaN")
-
-
-def _brief(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
