@@ -62,7 +62,7 @@ def main() -> None:
             preferred_backends=offered,
             techniques=options.techniques,
             rounds=options.rounds,
-            time_limit_s=900,
+            time_limit_s=1800,
             progress=True,
         )
         report = result.report

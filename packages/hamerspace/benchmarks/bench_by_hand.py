@@ -121,7 +121,7 @@ def measure(name: str, work: Path, room: Path, rounds: int) -> list[dict[str, An
             task.data,
             preferred_backends=[backend],
             techniques=[technique],
-            time_limit_s=900,
+            time_limit_s=1800,
         )
         result.save_model(folder / "ours")
         manifest = read_manifest(folder / "ours")

@@ -1,6 +1,8 @@
 import json
+import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hamerspace import TensorSpec
@@ -40,6 +42,11 @@ def made(folder: Path) -> Manifest:
     )
     write_json(folder / MANIFEST, manifest.to_dict())
     return manifest
+
+
+def made_entries() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return json.loads(json.dumps(made(Path(folder)).to_dict()))
 
 
 def test_a_manifest_and_back(tmp_path: Path) -> None:
@@ -89,6 +96,40 @@ def test_damaged_manifests(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).unlink()
     with pytest.raises(ArtifactError, match=MANIFEST):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("key", [one for one in made_entries() if one != "format"])
+@given(
+    value=st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.lists(st.text() | st.none())
+)
+def test_an_entry_of_another_kind_is_damage(key: str, value: object) -> None:
+    entries = {**made_entries(), key: value}
+    try:
+        found = manifest_from_dict(entries, "it")
+    except ArtifactError:
+        return
+    # What is let through is of the right kind, and means something.
+    assert isinstance(value, (str, list)) or (key == "seal" and value is None)
+    assert manifest_from_dict(json.loads(json.dumps(found.to_dict())), "it") == found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "bogus"}, {"dtype": "object"}, {"dtype": 3}, {"shape": [1.5]}, {"shape": [True]},
+        {"shape": [None]}, {"shape": [0]}, {"shape": 3}, {"name": 3}, {"high": "5"}, {"high": 0}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_an_input_of_another_kind_is_damage(change: dict[str, object]) -> None:
+    entries = made_entries()
+    entries["inputs"] = [{**entries["inputs"][0], **change}]
+    with pytest.raises(ArtifactError, match="damaged"):
+        manifest_from_dict(entries, "it")
 
 
 def test_the_ending_chooses_the_form(tmp_path: Path) -> None:

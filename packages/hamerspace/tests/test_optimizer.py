@@ -115,7 +115,7 @@ def test_limits_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_techniques_may_be_one_name() -> None:
-    with pytest.raises(UnsupportedError, match="by int8-dyn"):
+    with pytest.raises(ConstraintError, match=r"\['int8-dyn'\]"):
         Optimizer.from_pytorch(network(), [1, 1, 8, 8]).optimize("auto", techniques="int8-dyn")
 
 
@@ -349,7 +349,13 @@ def test_benchmark_measures_the_original() -> None:
             r"\[4, 3, 9, 9\]",
         ),
         ({"goal": "auto", "validation_data": []}, ModelInputError, "empty"),
-        ({"goal": "auto", "techniques": ["int3"]}, UnsupportedError, "int3"),
+        (
+            {"goal": "auto", "techniques": ["int8-dynamic", "int3"]},
+            ConstraintError,
+            r"\['int3'\].*int8-dynamic",
+        ),
+        ({"goal": "prune", "techniques": "int8-dynamic"}, UnsupportedError, "by int8-dynamic"),
+        ({"goal": "auto", "seed": -1}, ConstraintError, "seed"),
         ({"goal": "quantize", "preferred_backends": ["tensorflow"]}, UnsupportedError, "tensorflow"),
     ],
 )

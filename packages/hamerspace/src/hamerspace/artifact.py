@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, cast
+from typing import Any, Final, cast, get_args
 
 from hamerspace.exceptions import ArtifactError
 from hamerspace.models.info import Structure, TensorSpec, spec_from_dict
@@ -49,6 +49,8 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
     """Size in bytes and SHA-256 of each file."""
+    seal: str | None = None
+    """Of a main file that is native code: who built it; see `hamerspace._trust`."""
 
     @property
     def size_bytes(self) -> int:
@@ -83,6 +85,7 @@ def manifest_from_dict(data: Any, where: str) -> Manifest:
             str(name): (int(size), str(digest)) for name, (size, digest) in known["files"].items()
         }
         found = Manifest(**known)
+        _check_kinds(found)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where} is damaged: {error}") from error
     for name in (*found.files, *(() if found.main == "." else (found.main,))):
@@ -92,6 +95,19 @@ def manifest_from_dict(data: Any, where: str) -> Manifest:
     if not needed <= set(found.files) | folders:
         raise ArtifactError(f"{where} is damaged: it does not name all files of the model")
     return found
+
+
+def _check_kinds(found: Manifest) -> None:
+    """Raise TypeError unless entries that are no inputs, outputs, forms or files are of their kinds."""
+    texts = (found.backend, found.technique, found.runtime, found.main)
+    texts += () if found.seal is None else (found.seal,)
+    texts += (*found.versions.values(), *(name for form in found.forms.values() for name in form))
+    if not all(isinstance(one, str) for one in texts):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError("a name in it is no text")
+    if not isinstance(found.options, dict) or not all(found.forms.values()):
+        raise TypeError("its options or forms are none")
+    if found.structure not in get_args(Structure):
+        raise TypeError(f"its structure is {found.structure!r}")
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
@@ -226,6 +242,15 @@ def is_archive(path: Path) -> bool:
             return MANIFEST in source.namelist()
     except (OSError, zipfile.BadZipFile):
         return False
+
+
+def cut_archive(path: Path) -> str | None:
+    """Say so where a file begins as a zip archive and is none, as one that was not copied to its end."""
+    with path.open("rb") as file:
+        begins = file.read(4) == b"PK\x03\x04"
+    if begins and not zipfile.is_zipfile(path):
+        return f"{path} is damaged: it begins as an archive and has no end"
+    return None
 
 
 def unpack(path: Path, folder: Path) -> None:

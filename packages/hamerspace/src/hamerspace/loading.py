@@ -11,6 +11,7 @@ from hamerspace.artifact import (
     SIDECAR,
     Manifest,
     check_files,
+    cut_archive,
     is_archive,
     manifest_from_dict,
     read_json,
@@ -22,29 +23,36 @@ from hamerspace.runtimes.base import Runner, RunOptions
 from hamerspace.runtimes.callable import LoadedModel
 
 
-def load(path: str | Path, *, device: str = "cpu", threads: int | None = None) -> LoadedModel:
+def load(
+    path: str | Path, *, device: str = "cpu", threads: int | None = None, allow_native: bool = False
+) -> LoadedModel:
     """Open a model that hamerspace saved, in whatever runtime it runs.
 
     Args:
         path: an artifact's folder, or a file that `OptimizationResult.save_model` wrote.
         device: ``cpu``, or ``gpu`` (the same as ``cuda``).
         threads: of the runtime; None leaves that to the runtime.
+        allow_native: open a compiled model (``.so``, AOTInductor's ``.pt2``) that was built elsewhere or by
+            another user. It is native code, which does what whoever made it wanted.
 
     Returns:
         One callable with named `inputs` and `outputs`; see `LoadedModel`.
 
     Files are checked against the hashes that were saved with them. Nothing is unpickled; TorchScript,
-    exported programs and graphs run in their runtimes, and models that were compiled (``.so``,
-    AOTInductor's ``.pt2``) are native code, which does what whoever made it wanted: open those of people
-    that you trust.
+    exported programs and graphs run in their runtimes. Compiled models open without asking where this user
+    has built them, which a seal in the manifest shows.
 
     Raises:
+        ConstraintError: there is no such device, or ``threads`` is no number of them.
         ModelNotFoundError: there is no such file or folder.
+        UnsafeModelError: it is native code that was built elsewhere, and ``allow_native`` was not said.
         ArtifactError: it is damaged, was not saved by hamerspace, or by a newer version.
         ImportError: the runtime is not installed; the message says what installs it.
     """
     where = Path(path)
-    options = RunOptions(device="cuda" if device in ("gpu", "cuda") else device, threads=threads)
+    options = RunOptions(
+        device="cuda" if device == "gpu" else device, threads=threads, allow_native=allow_native
+    )
     if not where.exists():
         raise ModelNotFoundError(f"there is no model at {where}")
     if where.is_dir():
@@ -53,6 +61,8 @@ def load(path: str | Path, *, device: str = "cpu", threads: int | None = None) -
         room = Room()
         unpack(where, room.path)
         return open_folder(room.path, options, owner=room)
+    if (damage := cut_archive(where)) is not None:
+        raise ArtifactError(damage)
     sidecar = where.with_name(where.name + SIDECAR)
     if not sidecar.is_file():
         raise ArtifactError(

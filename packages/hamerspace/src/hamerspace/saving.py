@@ -35,7 +35,7 @@ def save_artifact(folder: Path, manifest: Manifest, path: Path) -> Path:
     """
     ending = path.suffix.lower()
     if not ending or path.is_dir():
-        return _save_folder(folder, path)
+        return save_folder(folder, path)
     names = manifest.forms.get(ending)
     if names is None and ending == ".pt":
         archive(folder, path)
@@ -60,7 +60,12 @@ def save_artifact(folder: Path, manifest: Manifest, path: Path) -> Path:
     return path
 
 
-def _save_folder(folder: Path, path: Path) -> Path:
+def check_free(path: Path) -> None:
+    """Raise unless a folder can be written here: there is nothing, or an artifact of hamerspace alone.
+
+    Raises:
+        FileExistsError: there are other things.
+    """
     if path.exists() and not path.is_dir():
         raise FileExistsError(
             f"{path} is a file, and a model without an ending is a folder; give another name"
@@ -71,7 +76,19 @@ def _save_folder(folder: Path, path: Path) -> Path:
             raise FileExistsError(
                 f"{path} is a folder with other files in it ({', '.join(foreign[:3])}); give another name"
             )
+
+
+def save_folder(folder: Path, path: Path) -> Path:
+    """Copy an artifact's folder.
+
+    Raises:
+        FileExistsError: ``path`` is a file, or a folder with other things in it.
+    """
+    check_free(path)
     read_manifest(folder)
     with replacing(path) as temporary:
-        shutil.copytree(folder, temporary)
+        temporary.mkdir()
+        mode = temporary.stat().st_mode
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        temporary.chmod(mode)  # and not that of a private folder
     return path

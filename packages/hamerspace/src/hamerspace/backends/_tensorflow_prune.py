@@ -14,21 +14,21 @@ from hamerspace.models.info import Array
 from hamerspace.runtimes._tensorflow_library import keras, quiet
 
 
-def pruned_copy(model: Any, sparsity: float) -> tuple[Any, str]:
+def pruned_copy(model: Any, amount: float) -> tuple[Any, str]:
     """Return a copy of a Keras model in which a share of each kernel is zero, and a sentence about it.
 
     Kernels are the weights that inputs are multiplied by; biases, norms and embeddings stay whole.
 
     Args:
         model: of Keras's own layers; it is not changed.
-        sparsity: the share, between 0 and 1.
+        amount: the share, between 0 and 1.
 
     Raises:
         ConstraintError: the share is out of range.
         UnsupportedError: the model has no kernels.
     """
-    if not 0 < sparsity < 1:
-        raise ConstraintError(f"sparsity is {sparsity!r}; give the share of weights to zero, between 0 and 1")
+    if not 0 < amount < 1:
+        raise ConstraintError(f"amount is {amount!r}; give the share of weights to zero, between 0 and 1")
     with quiet():
         copy = keras().models.clone_model(model)
         copy.set_weights(model.get_weights())
@@ -42,7 +42,7 @@ def pruned_copy(model: Any, sparsity: float) -> tuple[Any, str]:
     zeros = total = 0
     with quiet():
         for kernel in kernels:
-            values = without_smallest(np.asarray(kernel.value.numpy()), sparsity)
+            values = without_smallest(np.asarray(kernel.value.numpy()), amount)
             kernel.assign(values)
             zeros += values.size - int(np.count_nonzero(values))
             total += values.size

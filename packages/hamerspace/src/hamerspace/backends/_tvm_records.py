@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from hamerspace._rooms import user_folder
 from hamerspace.artifact import replacing, write_json
 from hamerspace.exceptions import BackendError
 
@@ -134,9 +134,7 @@ def root_of(cache: Path | None) -> Path:
     """Return the folder of all records: in ``cache``, or where the XDG rules put what can be made again."""
     if cache is not None:
         return cache / "tvm"
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(given) if given and Path(given).is_absolute() else Path.home() / ".cache"
-    return base / "hamerspace" / "tvm"
+    return user_folder("XDG_CACHE_HOME", ".cache") / "tvm"
 
 
 def _whole_lines(path: Path) -> tuple[list[bytes], int]:

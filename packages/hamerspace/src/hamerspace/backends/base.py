@@ -14,13 +14,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from hamerspace._checks import number
 from hamerspace._imports import PACKAGES, has, version
 from hamerspace._rooms import Room
+from hamerspace._trust import NATIVE, seal_of
 from hamerspace.artifact import MANIFEST, Manifest, list_files, read_manifest, write_json
-from hamerspace.exceptions import ArtifactError, BackendUnavailableError, UnsupportedError
+from hamerspace.exceptions import (
+    ArtifactError,
+    BackendUnavailableError,
+    ConstraintError,
+    UnsupportedError,
+)
 from hamerspace.models.info import Array, Feeds, ModelInfo, TensorSpec, spec_of
 from hamerspace.models.source import ModelSource
 from hamerspace.runtimes.base import Runner, RunOptions
+from hamerspace.saving import check_free, save_artifact, save_folder
 
 Goal = Literal["quantize", "prune", "graph"]
 
@@ -52,18 +60,34 @@ class Candidate:
     expected_speed: float = 1.0
     """A guess of how many times faster than the original it is, which only orders the work."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Plain data that `BaseBackend.build` reads."""
+    """Plain data that `BaseBackend.build` reads: each option with its default."""
     tolerance: float = 1e-3
     """How far outputs of the reloaded artifact may be from those before it was saved: the largest difference
     as a share of the largest magnitude.
     """
     time_limit_s: float | None = None
-    """For building, where it is another than the run's."""
+    """For building, where it takes longer than other candidates; such a one is tried only by a user who names
+    its backend.
+    """
 
     @property
     def name(self) -> str:
         """Backend and technique, as ``openvino/int8-static``."""
         return f"{self.backend}/{self.technique}"
+
+    def with_options(self, options: Mapping[str, Any]) -> Candidate:
+        """Return the recipe with other values of its options.
+
+        Raises:
+            ConstraintError: it has no such option, or one of another kind.
+        """
+        given = dict(self.options)
+        for name, value in options.items():
+            if name not in given:
+                known = ", ".join(given) or "none"
+                raise ConstraintError(f"{self.name} has no option {name!r}; it has {known}")
+            given[name] = _like(self.options[name], f"{self.name}: {name}", value)
+        return replace(self, options=given)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -73,6 +97,19 @@ class Candidate:
             "goal": self.goal,
             "options": dict(self.options),
         }
+
+
+def _like(default: Any, name: str, value: Any) -> Any:
+    """Return a value of the kind that an option has."""
+    if isinstance(default, (bool, str)):
+        if type(value) is not type(default):
+            raise ConstraintError(f"{name} is {value!r}; {type(default).__name__} is wanted, as {default!r}")
+        return value
+    if isinstance(default, int):
+        return int(number(name, value, lambda n: n % 1 == 0, f"an integer is wanted, as {default}"))
+    if isinstance(default, float):
+        return number(name, value, lambda _: True, f"a number is wanted, as {default:g}")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +133,8 @@ class BuildContext:
     cache: Path | None = None
     """Outlives the run; for what took long to find, such as tuning records."""
     seed: int = 0
+    time_limit_s: float | None = None
+    """Seconds after which the build is ended from outside."""
 
     @property
     def info(self) -> ModelInfo:
@@ -215,12 +254,15 @@ class BaseBackend(ABC):
             technique: one of the backend's; by default the first that needs no calibration, or, with
                 calibration data, the first of all.
             calibration_data: inputs, in any form that `Optimizer.optimize` takes.
-            output: the artifact's folder; a temporary one by default, which goes with the returned object.
-            options: over the technique's own.
+            output: the artifact's folder, which appears whole or not at all; a temporary one by default,
+                which goes with the returned object.
+            options: in place of the technique's own, which `Candidate.options` lists.
 
         Raises:
             UnsupportedError: there is no such technique for this model.
             BackendUnavailableError: libraries are missing.
+            ConstraintError: the technique has no such option, or one of another kind.
+            FileExistsError: ``output`` is a folder with other things in it.
         """
         return self._apply("quantize", model, model_info, technique, calibration_data, output, options)
 
@@ -293,19 +335,22 @@ class BaseBackend(ABC):
                 f"backend {self.name} has {names or 'nothing'} to {goal} this model with"
                 + (f", and no {technique!r}" if technique else "; all of these need calibration data")
             )
-        chosen = replace(usable[0], options={**usable[0].options, **options})
+        chosen = usable[0].with_options(options)
         if chosen.needs_calibration and not calibrated:
             raise UnsupportedError(f"{chosen.name} needs calibration_data")
         batches = calibration_batches(calibration_data, source.info) if calibrated else None
+        if output is not None:
+            check_free(Path(output))
+        room = Room()
         with Room() as shared:
-            room = Room() if output is None else None
-            folder = room.path if room else Path(str(output))
-            folder.mkdir(parents=True, exist_ok=True)
             context = BuildContext(
-                source=source, candidate=chosen, folder=folder, shared=shared, calibration=batches
+                source=source, candidate=chosen, folder=room.path, shared=shared, calibration=batches
             )
             manifest = build_artifact(self, context)[0]
-        return Artifact(folder, manifest, room)
+        if output is None:
+            return Artifact(room.path, manifest, room)
+        with room:
+            return Artifact(save_folder(room.path, Path(output)), manifest)
 
 
 class Artifact:
@@ -325,12 +370,11 @@ class Artifact:
         """Open it as one callable, as `hamerspace.load` does."""
         from hamerspace.loading import open_folder
 
-        return open_folder(self.folder, RunOptions(device=device, threads=threads), owner=self)
+        options = RunOptions(device="cuda" if device == "gpu" else device, threads=threads, allow_native=True)
+        return open_folder(self.folder, options, owner=self)
 
     def save(self, path: str | Path) -> Path:
         """Save it under a name whose ending chooses the form; see `hamerspace.saving.save_artifact`."""
-        from hamerspace.saving import save_artifact
-
         return save_artifact(self.folder, self.manifest, Path(path))
 
 
@@ -357,6 +401,7 @@ def build_artifact(backend: BaseBackend, context: BuildContext) -> tuple[Manifes
         forms=dict(built.forms),
         versions=backend.versions(),
         files=files,
+        seal=seal_of(files[built.main][1]) if built.runtime in NATIVE else None,
     )
     write_json(context.folder / MANIFEST, manifest.to_dict())
     return manifest, built

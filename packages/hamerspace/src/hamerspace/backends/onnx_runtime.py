@@ -102,20 +102,20 @@ class ONNXRuntimeBackend(BaseBackend):
             return self._optimised(context)
         if technique == "int8-dynamic":
             model = attention_unpacked(fused(context))
-            return finish(context, quantize_dynamic(model, reduce_range=bool(options.get("reduce_range"))))
+            return finish(context, quantize_dynamic(model, reduce_range=options["reduce_range"]))
         if technique == "int8-static":
             if not context.calibration:
                 raise BackendError(f"{context.candidate.name} needs calibration data")
             quantized = quantize_static(
                 attention_unpacked(fused(context)),
                 context.calibration,
-                method=str(options.get("method", "minmax")),
-                reduce_range=bool(options.get("reduce_range")),
+                method=options["method"],
+                reduce_range=options["reduce_range"],
             )
             return finish(context, quantized)
         if technique in ("int8-weight", "int4-weight"):
             bits = 8 if technique == "int8-weight" else 4
-            block_size = int(options.get("block_size", 128 if bits == 8 else 32))
+            block_size = options["block_size"]
             model = quantize_weights(attention_unpacked(fused(context)), bits=bits, block_size=block_size)
             return finish(context, model)
         raise UnsupportedError(f"backend {self.name} has no technique {technique!r}")

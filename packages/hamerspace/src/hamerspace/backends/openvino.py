@@ -58,10 +58,7 @@ class OpenVINOBackend(BaseBackend):
         _check(context)
         graph = _COMPRESSIONS[candidate.technique](context, graph_of(context))
         inputs = inputs_of(graph, info.inputs)
-        told = {
-            "precision": str(candidate.options.get("precision", "f32")),
-            "hint": str(candidate.options.get("hint", "LATENCY")),
-        }
+        told = {name: str(candidate.options[name]) for name in _AS_IT_IS}
         options = RunOptions(threads=context.threads)
         run = OpenVINORunner(compile_graph(graph, options, **told), inputs, info.outputs).run
         with quiet():
@@ -112,7 +109,7 @@ def _int8_accuracy(context: BuildContext, graph: Any) -> Any:
         return context.evaluate(OpenVINORunner(compiled, context.info.inputs, context.info.outputs))
 
     drop = 0.01 if context.max_accuracy_drop is None else context.max_accuracy_drop
-    rounds = int(context.candidate.options["max_iterations"])
+    rounds = context.candidate.options["max_iterations"]
     return quantize_with_control(
         graph, context.calibration or (), evaluate, max_drop=drop, max_iterations=rounds
     )
@@ -127,7 +124,7 @@ def _int8_weight(_: BuildContext, graph: Any) -> Any:
 def _int4_weight(context: BuildContext, graph: Any) -> Any:
     from hamerspace.backends._openvino_compress import compress_to_int4
 
-    return compress_to_int4(graph, context.calibration, int(context.candidate.options["group_size"]))
+    return compress_to_int4(graph, context.calibration, context.candidate.options["group_size"])
 
 
 _COMPRESSIONS: Final[dict[str, Callable[[BuildContext, Any], Any]]] = {
@@ -140,6 +137,10 @@ _COMPRESSIONS: Final[dict[str, Callable[[BuildContext, Any], Any]]] = {
     "fp32": _keep,
 }
 
+_AS_IT_IS: Final = {"precision": "f32", "hint": "LATENCY"}
+"""What the runtime is told: OpenVINO's ``INFERENCE_PRECISION_HINT`` and ``PERFORMANCE_HINT``."""
+_IN_BFLOAT16: Final = {**_AS_IT_IS, "precision": "bf16"}
+
 # Saved halves differ from what was compiled before saving by half a unit in the last of 11 bits a weight; in
 # bfloat16 sums may round to the neighbouring one of 8 bits.
 _CANDIDATES: Final = (
@@ -151,7 +152,7 @@ _CANDIDATES: Final = (
         needs_calibration=True,
         bits=8,
         expected_speed=6.0,
-        options={"precision": "bf16"},
+        options={**_IN_BFLOAT16},
     ),
     Candidate(
         backend="openvino",
@@ -161,7 +162,7 @@ _CANDIDATES: Final = (
         needs_calibration=True,
         bits=8,
         expected_speed=5.5,
-        options={"precision": "bf16", "max_iterations": 20},
+        options={**_IN_BFLOAT16, "max_iterations": 20},
     ),
     Candidate(
         backend="openvino",
@@ -170,7 +171,7 @@ _CANDIDATES: Final = (
         description="int8 weights and embeddings; activations in bfloat16 where the CPU has it",
         bits=8,
         expected_speed=4.6,
-        options={"precision": "bf16"},
+        options={**_IN_BFLOAT16},
     ),
     Candidate(
         backend="openvino",
@@ -179,7 +180,7 @@ _CANDIDATES: Final = (
         description="int4 matrices in groups, int8 embeddings; activations in bfloat16 where the CPU has it",
         bits=4,
         expected_speed=4.5,
-        options={"precision": "bf16", "group_size": 128},
+        options={**_IN_BFLOAT16, "group_size": 128},
     ),
     Candidate(
         backend="openvino",
@@ -188,7 +189,7 @@ _CANDIDATES: Final = (
         description="inference in bfloat16, weights stored as float16",
         bits=16,
         expected_speed=4.4,
-        options={"precision": "bf16", "half_weights": True},
+        options={**_IN_BFLOAT16, "half_weights": True},
         tolerance=5e-2,
     ),
     Candidate(
@@ -198,7 +199,7 @@ _CANDIDATES: Final = (
         description="weights stored as float16, inference in float32",
         bits=16,
         expected_speed=2.4,
-        options={"half_weights": True},
+        options={**_AS_IT_IS, "half_weights": True},
         tolerance=1e-2,
     ),
     Candidate(
@@ -207,5 +208,6 @@ _CANDIDATES: Final = (
         goal="graph",
         description="converted and fused, in float32",
         expected_speed=2.4,
+        options=_AS_IT_IS,
     ),
 )

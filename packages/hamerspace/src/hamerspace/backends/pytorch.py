@@ -353,7 +353,7 @@ def _weights(context: BuildContext, bits: int) -> Built:
 
 def _pruned(context: BuildContext) -> Built:
     model = own_model(context.source, context.device)
-    note = prune_in_place(model, float(context.candidate.options.get("amount", 0.5)))
+    note = prune_in_place(model, context.candidate.options["amount"])
     return _as_exported(context, positional(model, context.info), note)
 
 

@@ -60,7 +60,7 @@ _PRUNED: Final = Candidate(
     technique="magnitude-50",
     goal="prune",
     description="the smaller half of each layer's kernel becomes zero; a smaller file, and no faster",
-    options={"sparsity": 0.5},
+    options={"amount": 0.5},
 )
 _TECHNIQUES: Final = (*_TFLITE, _SAVED_MODEL, _PRUNED)
 
@@ -158,8 +158,7 @@ def _build_pruned(context: BuildContext) -> Built:
     if context.info.form != "keras":
         raise UnsupportedError("only a Keras model of Keras's own layers has kernels that can be told apart")
     info = context.info
-    sparsity = float(context.candidate.options.get("sparsity", _PRUNED.options["sparsity"]))
-    model, note = pruned_copy(context.source.load(), sparsity)
+    model, note = pruned_copy(context.source.load(), context.candidate.options["amount"])
     save_compressed(model, context.folder / KERAS)
     traced = trace_model(model, info.inputs, info.outputs, info.structure)
     return Built(

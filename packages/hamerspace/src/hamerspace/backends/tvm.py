@@ -12,10 +12,11 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 import numpy as np
 
+from hamerspace._checks import number, positive_integer
 from hamerspace._imports import PACKAGES, has, need
 from hamerspace.artifact import Manifest
 from hamerspace.backends._tvm_lower import Lowered, compile_tuned, export, lower
@@ -32,6 +33,8 @@ LIBRARY: Final = "model.so"
 TRIALS: Final = 32
 TUNING_LIMIT_S: Final = 1200.0
 _BUILD_LIMIT_S: Final = 1800.0
+_SHARE_OF_TUNING: Final = 2 / 3
+"""Of the time for a build; what is left is for importing, compiling and linking."""
 _COMPILERS: Final = ("g++", "clang++", "gcc", "clang", "c++", "cc")
 _TOLERANCE: Final = 1e-4
 
@@ -87,13 +90,18 @@ class TVMBackend(BaseBackend):
 
         Options of the candidate: ``trials``, schedules to try for each kernel on average, at least 1 (more go
         to kernels that take longer); ``tuning_limit_s``, seconds after which tuning is ended, whatever it has
-        found.
+        found, and with it two thirds of the time that the build has.
 
         Raises:
+            ConstraintError: an option is out of range.
             BackendError: TVM cannot import the model, a kernel has no tuning record, or the library does not
                 give what the model in memory gives.
         """
-        trials, limit_s = _budget(context)
+        options = context.candidate.options
+        trials = positive_integer("trials", options["trials"])
+        limit_s = number("tuning_limit_s", options["tuning_limit_s"], lambda n: n > 0, "give seconds above 0")
+        if context.time_limit_s is not None:
+            limit_s = min(limit_s, _SHARE_OF_TUNING * context.time_limit_s)
         lowered = lower(context)
         records = Records.of(root_of(context.cache), lowered.kernels, lowered.target, self.versions())
         with records.locked(limit_s):
@@ -101,9 +109,9 @@ class TVMBackend(BaseBackend):
             records.mend()
             executable = compile_tuned(lowered, records.open())
         export(executable, context.folder / LIBRARY)
-        options = RunOptions(threads=context.threads)
-        in_memory = TVMRunner(executable, lowered.inputs, context.info.outputs, lowered.order, options)
-        _check_reloads(context, lowered, in_memory, options)
+        run_options = RunOptions(threads=context.threads)
+        in_memory = TVMRunner(executable, lowered.inputs, context.info.outputs, lowered.order, run_options)
+        _check_reloads(context, lowered, in_memory, run_options)
         return Built(
             runtime="tvm",
             main=LIBRARY,
@@ -126,16 +134,6 @@ def compiler() -> str | None:
     """Return the C++ compiler that TVM links with: ``CXX``, ``CC``, or the first that is found."""
     named = [os.environ[name] for name in ("CXX", "CC") if os.environ.get(name)]
     return next((found for name in (*named, *_COMPILERS) if (found := shutil.which(name))), None)
-
-
-def _budget(context: BuildContext) -> tuple[int, float]:
-    trials: Any = context.candidate.options.get("trials", TRIALS)
-    limit_s: Any = context.candidate.options.get("tuning_limit_s", TUNING_LIMIT_S)
-    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
-        raise BackendError(f"trials is {trials!r}; give an integer of 1 or more, such as {TRIALS}")
-    if isinstance(limit_s, bool) or not isinstance(limit_s, (int, float)) or not limit_s > 0:
-        raise BackendError(f"tuning_limit_s is {limit_s!r}; give seconds above 0, such as {TUNING_LIMIT_S:g}")
-    return trials, float(limit_s)
 
 
 def _tune(records: Records, lowered: Lowered, trials: int, limit_s: float, seed: int) -> str:

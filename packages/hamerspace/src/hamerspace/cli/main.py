@@ -137,7 +137,9 @@ def optimize(
     calibration_samples: Annotated[int, option(help="samples for calibration, at most")] = 100,
     backend: Annotated[list[str] | None, option("--backend", help="only these; may be repeated")] = None,
     technique: Annotated[list[str] | None, option("--technique", help="only these; may be repeated")] = None,
-    time_limit: Annotated[float, option("--time-limit-s", help="for each step of a candidate")] = 600.0,
+    time_limit: Annotated[
+        float | None, option("--time-limit-s", help="for each step of a candidate; 600, and more for TVM")
+    ] = None,
     memory_limit: Annotated[float | None, option("--memory-limit-mb", help="for each process")] = None,
     threads: Annotated[int, option(help="of each runtime")] = 1,
     report: Annotated[Path | None, option(help=".txt, .md, .json or .html")] = None,

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, cast
 
+from hamerspace._checks import number, positive_integer
 from hamerspace.artifact import digest_of, read_json, write_json
-from hamerspace.core.constraints import Constraints
+from hamerspace.core.constraints import MIN_COSINE, Constraints
 from hamerspace.core.goals import OptimizationGoal, goal_of
 from hamerspace.exceptions import ArtifactError, ConstraintError, ModelNotFoundError
 from hamerspace.models.info import ModelInfo
@@ -33,8 +34,27 @@ class OptimizationConfig:
     calibrated: bool = False
     """Whether the recipe took calibration data, which is needed again."""
     threads: int = 1
+    rounds: int = 9
+    """That the original and a candidate ran in turn."""
+    time_limit_s: float | None = None
+    """Of each step, as the caller gave it."""
+    memory_limit_mb: float | None = None
+    """Of each process, in MB of 2**20 bytes."""
+    min_cosine: float = MIN_COSINE
+    """What counted as faithful."""
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "rounds"):
+            positive_integer(name, getattr(self, name))
+        for name in ("time_limit_s", "memory_limit_mb", "min_cosine"):
+            if (value := getattr(self, name)) is not None:
+                number(name, value, lambda _: True, "it is a number")
+        if not all(one is None or isinstance(one, str) for one in (self.backend, self.technique)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConstraintError(f"the recipe is {self.backend!r}/{self.technique!r}; names are wanted")
+        if not isinstance(self.options, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConstraintError(f"options is {self.options!r}; options by name are wanted")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Final
 
+from hamerspace._checks import number, positive_integer
 from hamerspace.exceptions import ConstraintError
-from hamerspace.measure.benchmarker import check_positive, hardware_of
+from hamerspace.measure.benchmarker import hardware_of
+
+MIN_COSINE: Final = 0.99
+"""Below this a model counts as unfaithful where accuracy is not limited or cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +41,17 @@ class Constraints:
     """Samples that ranges of activations are taken from, at most."""
 
     def __post_init__(self) -> None:
-        for name in ("target_size_mb", "max_latency_ms"):
-            value = getattr(self, name)
-            if value is not None and (not _is_number(value) or not 0 < value < math.inf):
-                raise ConstraintError(f"{name} is {value!r}; it is a number above 0, or None for no limit")
-        drop = self.max_accuracy_drop
-        if drop is not None and (not _is_number(drop) or not 0 <= drop <= 1):
-            raise ConstraintError(
-                f"max_accuracy_drop is {drop!r}; it lies within 0 and 1, as 0.02 for two points"
-            )
+        limits: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+            ("target_size_mb", lambda n: 0 < n < math.inf, "it is a number above 0, or None for no limit"),
+            ("max_latency_ms", lambda n: 0 < n < math.inf, "it is a number above 0, or None for no limit"),
+            ("max_accuracy_drop", lambda n: 0 <= n <= 1, "it lies within 0 and 1, as 0.02 for two points"),
+        )
+        for name, fits, wanted in limits:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, number(name, value, fits, wanted))
         hardware_of(self.target_hardware)
-        check_positive("batch_size", self.batch_size)
-        check_positive("calibration_samples", self.calibration_samples)
+        for name in ("batch_size", "calibration_samples"):
+            object.__setattr__(self, name, positive_integer(name, getattr(self, name)))
 
     def has_size_constraint(self) -> bool:
         """Whether size is limited."""
@@ -77,7 +80,3 @@ class Constraints:
         if unknown := sorted(set(data) - known):
             raise ConstraintError(f"constraints {unknown} are not known; there are {sorted(known)}")
         return cls(**data)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)

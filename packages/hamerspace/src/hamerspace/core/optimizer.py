@@ -10,25 +10,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from hamerspace._checks import number, positive_integer
 from hamerspace._imports import version
 from hamerspace._rooms import Room
 from hamerspace.backends.base import Candidate
 from hamerspace.backends.registry import Backend, backend_names, get_backend
 from hamerspace.core.config import OptimizationConfig, hash_of
-from hamerspace.core.constraints import Constraints
+from hamerspace.core.constraints import MIN_COSINE, Constraints
 from hamerspace.core.goals import OptimizationGoal, goal_of
 from hamerspace.core.report import CandidateReport, CompressionReport
 from hamerspace.core.result import OptimizationResult
 from hamerspace.exceptions import BackendError, ConstraintError, ModelError, UnsupportedError
-from hamerspace.measure.benchmarker import Benchmarker, check_positive, hardware_of, reshaped
+from hamerspace.measure.benchmarker import Benchmarker, hardware_of, reshaped
 from hamerspace.measure.data import Batch, cut, read_batches
 from hamerspace.measure.metrics import ModelMetrics
 from hamerspace.models.info import ModelInfo
 from hamerspace.models.source import ModelSource
 from hamerspace.search.progress import Progress
 from hamerspace.search.scoring import Scoring, scoring_of
-from hamerspace.search.selection import MIN_COSINE, choose, rank, verdicts
-from hamerspace.search.trials import Limits, Trial, Trials
+from hamerspace.search.selection import choose, rank, verdicts
+from hamerspace.search.trials import STEP_LIMIT_S, Limits, Trial, Trials
 
 _GOALS: Final = {
     OptimizationGoal.QUANTIZE: ("quantize",),
@@ -196,7 +197,7 @@ class Optimizer:
         preferred_backends: Sequence[Backend | str] | Backend | str | None = None,
         *,
         techniques: Sequence[str] | None = None,
-        time_limit_s: float = 600.0,
+        time_limit_s: float | None = None,
         memory_limit_mb: float | None = None,
         rounds: int = 9,
         threads: int = 1,
@@ -225,8 +226,8 @@ class Optimizer:
                 gives tensors of the original's framework, whatever runs it. A function that cannot be
                 pickled runs in this process, others beside the model.
             preferred_backends: only these are tried. Those that take minutes (TVM) are tried only if named.
-            techniques: only these are tried, as ``int8-static``.
-            time_limit_s: for each step of a candidate.
+            techniques: only these are tried, as ``int8-static``; each has to be one of a backend's.
+            time_limit_s: for each step of a candidate; 600 by default, and more for those that take minutes.
             memory_limit_mb: for the process of a candidate, in MB of 2**20 bytes.
             rounds: that the original and a candidate run in turn, 5 at the least.
             threads: of each runtime.
@@ -250,21 +251,23 @@ class Optimizer:
             raise UnsupportedError(
                 "distillation is not there yet; train a smaller model on this one's outputs"
             )
-        check_positive("rounds", rounds)
+        rounds = positive_integer("rounds", rounds)
         if rounds < 5:
             raise ConstraintError(f"rounds is {rounds}; a median wants 5 at the least")
-        check_positive("threads", threads)
-        for name, value in (("time_limit_s", time_limit_s), ("memory_limit_mb", memory_limit_mb)):
-            if value is not None and not value > 0:
-                raise ConstraintError(f"{name} is {value!r}; it is a number above 0")
-        if not -1 <= min_cosine <= 1:
-            raise ConstraintError(f"min_cosine is {min_cosine!r}; it lies between -1 and 1")
+        worker_limits = Limits(
+            time_s=_above_0("time_limit_s", time_limit_s),
+            memory_mb=_above_0("memory_limit_mb", memory_limit_mb),
+            rounds=rounds,
+            threads=positive_integer("threads", threads),
+        )
+        min_cosine = number("min_cosine", min_cosine, lambda n: -1 <= n <= 1, "it lies between -1 and 1")
+        seed = int(number("seed", seed, lambda n: n >= 0 and n % 1 == 0, "it is an integer, 0 or above"))
         preferred = _named(preferred_backends)
         info = _batched(self.model_info, limits.batch_size)
         source = replace(self._source, info=info)
         hardware = hardware_of(limits.target_hardware)
         data, calibration = _data(validation_data, info, limits)
-        plan = _plan(info, wanted, preferred, techniques, hardware, calibration is not None, time_limit_s)
+        plan = _plan(info, wanted, preferred, techniques, hardware, calibration is not None)
         return self._run(
             source,
             plan,
@@ -273,9 +276,7 @@ class Optimizer:
             data=data,
             calibration=calibration,
             scoring=scoring_of(info.framework, validation_fn, data),
-            worker_limits=Limits(
-                time_s=time_limit_s, memory_mb=memory_limit_mb, rounds=rounds, threads=threads
-            ),
+            worker_limits=worker_limits,
             min_cosine=min_cosine,
             preferred=preferred,
             seed=seed,
@@ -288,7 +289,7 @@ class Optimizer:
         validation_data: Any = None,
         validation_fn: Callable[[Any], float] | None = None,
         *,
-        time_limit_s: float = 600.0,
+        time_limit_s: float | None = None,
         progress: bool | None = None,
     ) -> OptimizationResult:
         """Repeat the optimisation of `from_config`: the one recipe that was chosen, measured anew.
@@ -296,7 +297,7 @@ class Optimizer:
         Args:
             validation_data: needed if the recipe was calibrated; see `optimize`.
             validation_fn: see `optimize`.
-            time_limit_s: for each step.
+            time_limit_s: for each step, in place of what was saved.
             progress: see `optimize`.
 
         Raises:
@@ -321,7 +322,7 @@ class Optimizer:
             raise UnsupportedError(
                 f"backend {config.backend} has no {config.technique!r} for this model any more"
             )
-        chosen = replace(chosen, options={**chosen.options, **config.options})
+        chosen = chosen.with_options(config.options)
         data, calibration = _data(validation_data, info, config.constraints)
         return self._run(
             self._source,
@@ -331,8 +332,13 @@ class Optimizer:
             data=data,
             calibration=calibration,
             scoring=scoring_of(info.framework, validation_fn, data),
-            worker_limits=Limits(time_s=time_limit_s, threads=config.threads),
-            min_cosine=MIN_COSINE,
+            worker_limits=Limits(
+                time_s=_above_0("time_limit_s", time_limit_s) or config.time_limit_s,
+                memory_mb=config.memory_limit_mb,
+                rounds=config.rounds,
+                threads=config.threads,
+            ),
+            min_cosine=config.min_cosine,
             preferred=config.preferred_backends,
             seed=config.seed,
             progress=progress,
@@ -408,6 +414,10 @@ class Optimizer:
             preferred_backends=preferred,
             calibrated=kept.candidate.needs_calibration,
             threads=worker_limits.threads,
+            rounds=worker_limits.rounds,
+            time_limit_s=worker_limits.time_s,
+            memory_limit_mb=worker_limits.memory_mb,
+            min_cosine=min_cosine,
             seed=seed,
             versions={"hamerspace": version("hamerspace") or "", **kept.manifest.versions},
         )
@@ -442,6 +452,10 @@ class Optimizer:
             },
         )
         return OptimizationResult(kept.folder, kept.manifest, report, config, room)
+
+
+def _above_0(name: str, value: Any) -> float | None:
+    return None if value is None else number(name, value, lambda n: n > 0, "it is a number above 0")
 
 
 def _batched(info: ModelInfo, batch_size: int) -> ModelInfo:
@@ -496,10 +510,10 @@ def _plan(
     techniques: Sequence[str] | None,
     hardware: str,
     calibrated: bool,
-    time_limit_s: float,
 ) -> _Plan:
     candidates: list[Candidate] = []
     skipped: list[CandidateReport] = []
+    known: set[str] = set()
 
     def skip(backend: str, technique: str, reason: str) -> None:
         skipped.append(
@@ -518,17 +532,22 @@ def _plan(
         if not (verdict := backend.is_available()) or not (verdict := backend.supports_model(info)):
             skip(name, "*", verdict.reason)
             continue
-        for one in backend.candidates(info, hardware=hardware):
+        offered = backend.candidates(info, hardware=hardware)
+        known |= {one.technique for one in offered}
+        for one in offered:
             if one.goal not in _GOALS[goal] or (techniques is not None and one.technique not in techniques):
                 continue
             if one.needs_calibration and not calibrated:
                 skip(name, one.technique, "needs calibration data; give validation_data")
-            elif (one.time_limit_s or 0) > time_limit_s and not preferred:
+            elif (one.time_limit_s or 0) > STEP_LIMIT_S and not preferred:
                 skip(
                     name, one.technique, f"takes minutes; name {name} in preferred_backends to have it tried"
                 )
             else:
                 candidates.append(one)
+    if unknown := [one for one in techniques or () if one not in known]:
+        there = ", ".join(sorted(known)) or "none"
+        raise ConstraintError(f"techniques {unknown} are not known for this model; there are {there}")
     if not candidates:
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in skipped) or "no backend offers it"
         named = f" by {', '.join(techniques)}" if techniques else ""

@@ -47,7 +47,9 @@ class OptimizationResult:
         from hamerspace.loading import open_folder
 
         return open_folder(
-            self.folder, RunOptions(device=self.report.optimized_metrics.hardware), owner=self._owner
+            self.folder,
+            RunOptions(device=self.report.optimized_metrics.hardware, allow_native=True),
+            owner=self._owner,
         )
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hamerspace._checks import positive_integer
 from hamerspace._rooms import Room
 from hamerspace.artifact import MANIFEST, list_files
 from hamerspace.exceptions import ConstraintError
@@ -40,12 +41,22 @@ class Benchmarker:
         threads: of the model's runtime; 1 makes CPU time comparable from run to run.
         time_limit_s: for each step.
         memory_limit_mb: of the process.
+        allow_native: see `hamerspace.load`.
+
+    Raises:
+        ConstraintError: an argument is out of range.
     """
 
     def __init__(
-        self, *, threads: int = 1, time_limit_s: float | None = 600.0, memory_limit_mb: float | None = None
+        self,
+        *,
+        threads: int = 1,
+        time_limit_s: float | None = 600.0,
+        memory_limit_mb: float | None = None,
+        allow_native: bool = False,
     ) -> None:
-        self.threads = threads
+        self.threads = positive_integer("threads", threads)
+        self.allow_native = allow_native
         self.time_limit_s = time_limit_s
         self.memory_limit_mb = memory_limit_mb
 
@@ -76,10 +87,10 @@ class Benchmarker:
             ModelError, ModelNotFoundError: it is no model.
             WorkerError: the model fails, crashes, or takes too long.
         """
-        check_positive("batch_size", batch_size)
-        check_positive("num_runs", num_runs)
+        batch_size = positive_integer("batch_size", batch_size)
+        num_runs = positive_integer("num_runs", num_runs)
         hardware = hardware_of(target_hardware)
-        options = RunOptions(device=hardware, threads=self.threads)
+        options = RunOptions(device=hardware, threads=self.threads, allow_native=self.allow_native)
         with Room() as folder, self._worker(folder, hardware) as worker:
             saved = Path(model) if isinstance(model, (str, Path)) else None
             if saved is not None and (saved / MANIFEST).is_file():
@@ -141,13 +152,3 @@ def reshaped(info: ModelInfo, input_shape: Any) -> ModelInfo:
         )
     inputs = tuple(replace(spec, shape=shape) for spec, shape in zip(info.inputs, shapes, strict=True))
     return replace(info, inputs=inputs)
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raise unless it is an integer above 0.
-
-    Raises:
-        ConstraintError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConstraintError(f"{name} is {value!r}; it is an integer above 0")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ Array = NDArray[Any]
 Feeds = Mapping[str, Array]
 """Arrays by the name of the input, or of the output."""
 
+_DTYPE: Final = re.compile(r"bool|u?int\d+|b?float\d+\w*|complex\d+", re.ASCII)
 DEFAULT_LENGTH: Final = 64
 """Length that examples have along an axis of any length, other than the batch."""
 
@@ -34,6 +36,12 @@ class TensorSpec:
     """Valid values are integers below this, as below the size of a vocabulary; floats may hold them too."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _DTYPE.fullmatch(str(self.dtype)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConstraintError(f"{self.name!r} has the dtype {self.dtype!r}, which is none of numbers")
+        if not all(isinstance(length, str) or type(length) is int for length in self.shape):
+            raise ConstraintError(f"{self.name} has the shape {list(self.shape)}, which is none")
+        if self.high is not None and (type(self.high) is not int or self.high < 1):
+            raise ConstraintError(f"{self.name} has values below {self.high!r}, which is no integer above 0")
         if any(isinstance(length, int) and length < 1 for length in self.shape):
             raise ConstraintError(f"{self.name} has the shape {list(self.shape)}; every length is 1 or more")
 
@@ -108,10 +116,17 @@ class ModelInfo:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelInfo:
-        """Read what `to_dict` gave."""
+        """Read what `to_dict` gave.
+
+        Raises:
+            ConstraintError: an entry is none that `to_dict` gives.
+        """
         read: dict[str, Any] = dict(data)
         for key in ("inputs", "outputs"):
             read[key] = tuple(spec_from_dict(one) for one in data[key])
+        for key, kind in (("framework", Framework), ("structure", Structure)):
+            if read[key] not in get_args(kind):
+                raise ConstraintError(f"{key} is {read[key]!r}; it may be {', '.join(get_args(kind))}")
         return cls(**read)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from hamerspace._arrays import as_array, flatten_outputs
 from hamerspace._imports import need
+from hamerspace.artifact import cut_archive
 from hamerspace.exceptions import ConstraintError, ModelError, UnsafeModelError, first_line
 from hamerspace.models.exported import load_exported
 from hamerspace.models.info import Array, Feeds, ModelInfo, TensorSpec, shapes_of, spec_of
@@ -119,8 +120,8 @@ def _kind_of_file(path: Path) -> str:
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
             start = file.read(4)
-        if start.startswith(b"PK"):
-            raise ModelError(f"{path} is damaged: it begins as an archive and has no end")
+        if (damage := cut_archive(path)) is not None:
+            raise ModelError(damage)
         if not start.startswith(b"\x80"):
             raise ModelError(f"{path} is no model of torch: it is neither an archive nor a pickle")
         return "pickle"

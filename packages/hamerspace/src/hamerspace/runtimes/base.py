@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from hamerspace._checks import positive_integer
+from hamerspace.exceptions import ConstraintError
 from hamerspace.models.info import Array, Feeds, TensorSpec
 
 
@@ -17,6 +19,14 @@ class RunOptions:
     """``cpu`` or ``cuda``."""
     threads: int | None = None
     """Of the runtime; None leaves that to the runtime."""
+    allow_native: bool = False
+    """Whether native code is opened that somebody else has built."""
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ConstraintError(f"device is {self.device!r}; it may be cpu, or gpu (the same as cuda)")
+        if self.threads is not None:
+            positive_integer("threads", self.threads)
 
 
 class Runner(ABC):

@@ -10,6 +10,7 @@ import numpy as np
 
 from hamerspace._arrays import as_array, flatten_outputs
 from hamerspace._imports import need
+from hamerspace._trust import NATIVE, check_native
 from hamerspace.artifact import Manifest
 from hamerspace.exceptions import ArtifactError, BackendError, ModelError, first_line
 from hamerspace.models.exported import load_exported
@@ -68,10 +69,16 @@ def open_runner(manifest: Manifest, folder: Path, options: RunOptions) -> Runner
     A package of AOTInductor holds native code, which runs when it is opened.
 
     Raises:
+        UnsafeModelError: it is native code that somebody else built, and that was not allowed.
         ArtifactError: it cannot be read, or asks for a library that is not one of `OPERATORS`.
         BackendError: it was compiled for another device.
     """
     torch = need("torch")
+    opener = _OPENERS.get(manifest.runtime)
+    if opener is None:
+        raise ArtifactError(f"runtime {manifest.runtime!r} is none of torch: {', '.join(_OPENERS)}")
+    if manifest.runtime in NATIVE:
+        check_native(manifest, folder, options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     for name in manifest.options.get("operators", ()):
@@ -82,7 +89,7 @@ def open_runner(manifest: Manifest, folder: Path, options: RunOptions) -> Runner
     if made_for != options.device:
         raise BackendError(f"the artifact was made for {made_for} and cannot run on {options.device}")
     path = folder / manifest.main
-    run = _OPENERS[manifest.runtime](path, options.device)
+    run = opener(path, options.device)
     return PositionalRunner(run, manifest.inputs, manifest.outputs, options.device)
 
 

@@ -1,8 +1,6 @@
 """Runs libraries that TVM has compiled.
 
-Such a library is native code: opening it executes what whoever made it has written, with the rights of this
-process. Its size and hash are compared with the manifest before it is opened, which finds damage and mistaken
-files; a manifest by the same hand proves nothing, so open those of people that you trust.
+Such a library is native code, which only `hamerspace._trust` lets in.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from hamerspace._imports import need
+from hamerspace._trust import check_native
 from hamerspace.artifact import SIDECAR, Manifest, check_files, inside
 from hamerspace.exceptions import ArtifactError
 from hamerspace.models.info import Array, Feeds, TensorSpec
@@ -84,6 +83,7 @@ def open_runner(manifest: Manifest, folder: Path, options: RunOptions) -> Runner
     """Open a library whose manifest lies beside it.
 
     Raises:
+        UnsafeModelError: somebody else built it, and that was not allowed.
         ArtifactError: the library is missing, not the one that was saved, made for another kind of CPU, or
             named by no manifest; without one, nothing says what it takes and gives.
         ImportError: TVM is not installed.
@@ -97,6 +97,7 @@ def open_runner(manifest: Manifest, folder: Path, options: RunOptions) -> Runner
         )
     if options.device != "cpu":
         raise ArtifactError(f"{path} was compiled for CPUs and cannot run on {options.device}")
+    check_native(manifest, folder, options)
     check_files(folder, {name: manifest.files[name]}, f"the manifest of {folder}")
     if lacking := lacking_features(str(manifest.options.get("cpu", ""))):
         raise ArtifactError(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
-from hamerspace.core.constraints import Constraints
+from hamerspace.core.constraints import MIN_COSINE, Constraints
 from hamerspace.measure.metrics import ModelMetrics
 from hamerspace.search.trials import Trial
 
 Outcome = Literal["satisfied", "violated", "undecided"]
-MIN_COSINE: Final = 0.99
-"""Below this a model counts as unfaithful where accuracy is not limited or cannot be measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from hamerspace.search.scoring import Scoring
 from hamerspace.utils.logger import get_logger
 
 _log = get_logger(__name__)
+STEP_LIMIT_S: Final = 600.0
 _PROBES = 16
 _MOST_FIDELITY_SAMPLES = 256
 
@@ -36,13 +37,18 @@ _MOST_FIDELITY_SAMPLES = 256
 class Limits:
     """What a worker may take, and how much is measured."""
 
-    time_s: float = 600.0
-    """Of each step of a candidate."""
+    time_s: float | None = None
+    """Of each step of a candidate; None is the candidate's own limit, or `STEP_LIMIT_S`."""
     memory_mb: float | None = None
     """Of a worker and its children; None is no limit."""
     rounds: int = 9
     """That the original and a candidate run in turn."""
     threads: int = 1
+
+    def step_s(self, candidate: Candidate | None = None) -> float:
+        """Seconds that a step may take."""
+        own = None if candidate is None else candidate.time_limit_s
+        return self.time_s or own or STEP_LIMIT_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +121,7 @@ class Trials:
     ) -> None:
         self._room = room
         self._limits = limits
-        self._options = RunOptions(device=hardware, threads=limits.threads)
+        self._options = RunOptions(device=hardware, threads=limits.threads, allow_native=True)
         self._calibration, self._scoring = calibration, scoring
         self._max_accuracy_drop, self._seed, self._cache = max_accuracy_drop, seed, cache
         for name in ("source", "shared", "logs", "artifacts"):
@@ -158,7 +164,7 @@ class Trials:
             ModelError: it gives NaN.
             WorkerError: it cannot be opened in a fresh process, or fails.
         """
-        self._original = self._worker("original", self._limits.time_s)
+        self._original = self._worker("original", self._limits.step_s())
         self._original.call("open_original", self._source, self._options)
         self._like = self._stand_in(self._info)
         outputs = self._original.call("run", self._inputs)
@@ -209,6 +215,7 @@ class Trials:
         candidate = trial.candidate
         folder.mkdir()
         start = time.monotonic()
+        limit_s = self._limits.step_s(candidate)
         context: dict[str, Any] = {
             "source": self._source,
             "candidate": candidate,
@@ -220,18 +227,18 @@ class Trials:
             "max_accuracy_drop": self._max_accuracy_drop,
             "cache": self._cache,
             "seed": self._seed,
+            "time_limit_s": limit_s,
         }
         score = None
         if self._scoring is not None and self._scoring.portable:
             score = (self._scoring.function, self._scoring.kind)
-        limit_s = candidate.time_limit_s or self._limits.time_s
         with self._worker(folder.name + "-build", limit_s) as worker:
             described, before, notes = worker.call("build", candidate.backend, context, self._probes, score)
         trial.build_s = time.monotonic() - start
         trial.notes += notes
         manifest_from_dict(described, candidate.name)
         manifest = read_manifest(folder)
-        with self._worker(folder.name, self._limits.time_s) as worker:
+        with self._worker(folder.name, self._limits.step_s()) as worker:
             worker.call("open_artifact", str(folder), self._options, self._info)
             self._prove(trial, worker, before)
             self._measure(trial, worker, manifest)
