@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,34 @@ def test_any_number_of_samples_goes_through_a_fixed_batch(samples: int) -> None:
     np.testing.assert_array_equal(found["y"], x * 2)
     np.testing.assert_array_equal(found.total, x.sum(1))
     np.testing.assert_array_equal(found[1], x.sum(1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_outputs_whose_samples_are_not_the_first_axis(size: int) -> None:
+    # The last state of two recurrent layers, [layers, samples, width], and a number for all.
+    def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        x = feeds["x"]
+        return {"y": x, "h": np.stack([x, -x]), "all": np.zeros(5, np.float32)}
+
+    made = replace(spec("h", 2, size, 3), batch_axis=1)
+    model = LoadedModel(run, (spec("x", size, 3),), (spec("y", size, 3), made), "dict")
+    for samples in (1, 2, 5):
+        x = np.random.default_rng(0).normal(size=(samples, 3)).astype("float32")
+        if samples > size:
+            with pytest.raises(ModelInputError, match=f"give it exactly {size}"):
+                model(x)
+            continue
+        found = model(x)
+        np.testing.assert_array_equal(found.y, x)
+        np.testing.assert_array_equal(found.h, np.stack([x, -x]))
+        assert found["all"].shape == (5,)
+    parts = LoadedModel(
+        lambda feeds: {name: one for name, one in run(feeds).items() if name != "all"},
+        *(model.inputs, model.outputs),
+        "dict",
+    )
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype("float32")
+    np.testing.assert_array_equal(parts(x).h, np.stack([x, -x]))
 
 
 def test_outputs_are_of_the_callers_framework() -> None:

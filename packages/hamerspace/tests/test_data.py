@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,35 @@ def test_what_does_not_fit_is_named(data: Any, said: str) -> None:
 def test_floats_are_no_token_ids() -> None:
     with pytest.raises(ModelInputError, match="float32"):
         read_batches([(np.ones((1, 4), np.float32), np.ones((1, 4), np.int64))], TEXTS)
+
+
+@pytest.mark.parametrize("ids", [[[0, 1, 2, 9]], [[-1, 1, 2, 3]]])
+def test_token_ids_past_the_vocabulary_are_named(ids: list[list[int]]) -> None:
+    with pytest.raises(ModelInputError, match=r"ids holds .* knows 0 to 8"):
+        read_batches({"ids": np.array(ids), "mask": np.ones((1, 4), "int64")}, TEXTS)
+
+
+@pytest.mark.parametrize("wrap", [list, np.array, torch.tensor])
+def test_labels_may_be_a_list_and_are_one_a_sample(wrap: Any) -> None:
+    for data in ((images(3), wrap([0, 1, 0])), [(images(3), wrap([0, 1, 0]))]):
+        (batch,) = read_batches(data, IMAGES)
+        np.testing.assert_array_equal(batch.labels, [0, 1, 0])
+    for data in ([(images(3), wrap([0, 1]))], {"x": images(3), "labels": wrap([0, 1])}):
+        with pytest.raises(ModelInputError, match="3 samples and 2 labels"):
+            read_batches(data, IMAGES)
+    # The items of a data set are single samples with single labels.
+    batches = read_batches([(one, label) for one, label in zip(images(3), [2, 0, 1], strict=True)], IMAGES)
+    assert [list(one.labels) for one in batches if one.labels is not None] == [[2], [0], [1]]
+
+
+def test_a_number_beside_samples_stays_one() -> None:
+    info = replace(IMAGES, inputs=(TensorSpec(name="x", dtype="float32", shape=(2, 3)),
+                                   TensorSpec(name="scale", dtype="float32", shape=())))  # fmt: skip
+    batches = read_batches({"x": np.ones((5, 3), "float32"), "scale": np.float32(2)}, info)
+    cuts = cut([one.feeds for one in batches], info)
+    assert [(one["x"].shape, one["scale"].shape, list(one)) for one in cuts] == [
+        ((2, 3), (), ["x", "scale"])
+    ] * 3
 
 
 def test_other_precisions_are_converted() -> None:

@@ -30,6 +30,18 @@ def test_all_outputs_of_a_sample_are_one_vector() -> None:
     assert compare(a, b, "inputs").cosine == pytest.approx(24 / 25)
 
 
+def test_samples_along_another_axis_and_outputs_of_all_samples() -> None:
+    # y is [samples, 2], h is [1 layer, samples, 2] with the same numbers, and both of each sample are turned.
+    y, turned = np.array([[3, 4], [1, 0]], float), np.array([[4, 3], [0, 1]], float)
+    wanted, found = [{"y": y, "h": y[None]}], [{"y": turned, "h": turned[None]}]
+    assert compare(wanted, found, "inputs", {"h": 1}).cosine == pytest.approx(0.48)
+    # A number for all samples counts with each: (3, 4, 1) against (4, 3, 1) is 25 / 26, (1, 0, 1) against
+    # (0, 1, 1) a half.
+    wanted, found = [{"y": y, "all": np.ones(1)}], [{"y": turned, "all": np.ones(1)}]
+    assert compare(wanted, found, "inputs").cosine == pytest.approx((25 / 26 + 0.5) / 2)
+    assert compare(wanted, found, "inputs").samples == 2
+
+
 def test_zeros_agree_with_zeros_only() -> None:
     assert compare(outputs([[0, 0]]), outputs([[0, 0]]), "inputs").cosine == 1
     assert compare(outputs([[0, 0]]), outputs([[1, 0]]), "inputs").cosine == 0

@@ -335,3 +335,106 @@ def test_a_live_module_reaches_another_process_as_it_is(net, tmp_path):
     x = batch(3, 6)
     assert staged.model is None
     np.testing.assert_array_equal(outputs(staged, {"x": x})["output"], outputs(source, {"x": x})["output"])
+
+
+class Recurrent(torch.nn.Module):
+    """Gives [samples, steps, 5], and the last state of its layers, [layers, samples, 5]."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.gru = torch.nn.GRU(4, 5, num_layers=layers, batch_first=True)
+
+    def forward(self, x):
+        return self.gru(x)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("samples", [1, 2, None])
+def test_which_axis_of_an_output_is_of_samples(layers, samples):
+    info = read(Recurrent(layers), input_shape=[samples, 3, 4]).info
+    assert [one.batch_axis for one in info.outputs] == [0, 1]
+    assert info.outputs[1].shape == (layers, "batch" if samples is None else samples, 5)
+
+
+@pytest.mark.parametrize("form", ["exported", "torchscript", "module"])
+def test_shapes_that_contradict_the_model_or_its_examples(net, exported, form):
+    if form == "exported":
+        with pytest.raises(ConstraintError, match=r"the model takes x: float32\["):
+            read(exported, input_shape=[1, 7])
+    else:
+        model = torch.jit.trace(net, batch(1, 6)) if form == "torchscript" else net
+        for shape in ([4, 6], [None, 5], [1, 1, 6], [[1, 6], [1, 6]]):
+            with pytest.raises(ConstraintError, match="agree"):
+                read(model, input_shape=shape, example_inputs=batch(2, 6))
+        assert read(model, input_shape=[None, 6], example_inputs=batch(2, 6)).info.inputs[0].shape == (
+            "batch",
+            6,
+        )
+
+
+def test_a_path_is_read_for_what_is_known_of_it(net, tmp_path, monkeypatch):
+    from hamerspace import Benchmarker, Optimizer
+    from hamerspace.models.source import ModelSource
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x, factor):
+            return x * factor
+
+    torch.jit.save(torch.jit.script(Scaled()), str(tmp_path / "scaled.pt"))
+    known = read(Scaled(), example_inputs={"x": batch(1, 5), "factor": torch.tensor([2])}).info
+    assert ModelSource.of(tmp_path / "scaled.pt", known).info.inputs == known.inputs
+    monkeypatch.chdir(tmp_path)
+    optimizer = Optimizer("scaled.pt", known, [[3, 5], [1]])
+    assert [one.shape for one in optimizer.model_info.inputs] == [(3, 5), (1,)]
+    torch.jit.save(torch.jit.trace(net, batch(1, 6)), "net.pt")
+    assert Benchmarker().benchmark_model("net.pt", None, "cpu", [4, 6], 4, 1).batch_size == 4
+    Path("net.onnx").write_bytes(b"x")
+    with pytest.raises(ModelError, match="is of onnx"):
+        ModelSource.of("net.onnx", known)
+
+
+def test_a_folder_of_transformers_without_all_weights(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = "encoder.layer.0.output.dense.weight"
+    save_file({name: one for name, one in weights.items() if name != lost}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=f"lacks weights of BertModel.*{lost}"):
+        read(tmp_path)
+    save_file({**weights, lost: torch.zeros(3, 3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="cannot be read by transformers"):
+        read(tmp_path)
+
+
+def test_garbage_is_not_taken_for_a_pickle(tmp_path):
+    path = tmp_path / "garbage.pt"
+    random = np.random.default_rng(0)
+    for content in (b"\x80\x02" + random.bytes(100), b"\x80\x05\x95", b"\x80\x04K\x01" * 50, b"\x80"):
+        path.write_bytes(content)
+        with pytest.raises(ModelError) as caught:
+            read(path, input_shape=[1, 6])
+        assert not isinstance(caught.value, UnsafeModelError), content
+        assert "damaged" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["9**9**9", "s0 << 9999999", "Pow(Integer(9), Pow(Integer(9), Integer(9)))", "(((9**60)**60)**60)**60",
+     "PowByNatural(Integer(3), Integer(10000000))", "9**(9*9)"],
+)  # fmt: skip
+def test_an_expression_that_takes_for_ever_is_refused(expression):
+    from hamerspace.models.exported import _check_program
+
+    with pytest.raises(UnsafeModelError, match="expr_str"):
+        _check_program({"expr_str": expression}, "it")
+    for usual in (
+        "s0**2*1024",
+        "Mul(Integer(4096), Pow(Symbol('s0', integer=True), Integer(2)))",
+        "Mod(s0, 9)",
+    ):
+        _check_program({"expr_str": usual}, "it")

@@ -85,7 +85,7 @@ def test_input_shape_fixes_free_axes(tmp_path: Path) -> None:
     assert [one.shape for one in info.inputs] == [("n", 6), ("n", 6)]
     with pytest.raises(ConstraintError, match="ids"):
         models.read(looking_up(), input_shape={"ids": [1, 2, 3], "segment": [1, 2]})
-    with pytest.raises(ConstraintError, match="1 shapes"):
+    with pytest.raises(ConstraintError, match=r"and the model takes ids.*segment"):
         models.read(looking_up(), input_shape=[1, 2])
 
 

@@ -14,6 +14,7 @@ import torch
 from hamerspace import Constraints, OptimizationGoal, OptimizationResult, Optimizer, get_backend
 from hamerspace.backends import registry
 from hamerspace.exceptions import (
+    ArtifactError,
     BackendError,
     BackendUnavailableError,
     ConstraintError,
@@ -234,6 +235,88 @@ def test_a_saved_configuration_repeats_the_optimisation(result: OptimizationResu
     torch.testing.assert_close(again.optimized_model(x), result.optimized_model(x), atol=1e-4, rtol=1e-4)
     with pytest.raises(ModelError, match="parameters"):
         Optimizer.from_config(path, model=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
+
+
+def test_a_configuration_of_a_file(tmp_path: Path) -> None:
+    trained, weights = network(), tmp_path / "weights.pt"
+    torch.manual_seed(1)
+    for one in trained.parameters():
+        torch.nn.init.normal_(one)
+    torch.save(trained.state_dict(), weights)
+    optimizer = Optimizer.from_pytorch(weights, [1, 1, 8, 8], model=network())
+    saved = optimizer.optimize(
+        "auto",
+        preferred_backends="pytorch",
+        techniques="export",
+        rounds=5,
+        min_cosine=0.5,
+        memory_limit_mb=9000,
+    ).save_config(tmp_path / "config.json")
+    with pytest.raises(ModelError, match="weights alone; give the module"):
+        Optimizer.from_config(saved)
+    found = Optimizer.from_config(saved, model=network())
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), trained.parameters(), strict=True))
+    kept = found.apply(progress=False).config
+    assert (kept.rounds, kept.min_cosine, kept.memory_limit_mb, kept.time_limit_s) == (5, 0.5, 9000, None)
+    torch.save(network().state_dict(), weights)
+    with pytest.raises(ModelError, match="not the model"):
+        Optimizer.from_config(saved, model=network())
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"weights\.pt"):
+        Optimizer.from_config(saved, model=network())
+
+
+# What torch.jit says of itself.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_configuration_keeps_dtypes_and_its_hash(tmp_path: Path) -> None:
+    class Scaled(torch.nn.Module):
+        def forward(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+            return x * factor[:, None]
+
+    path = tmp_path / "scaled.pt"
+    torch.jit.save(torch.jit.script(Scaled()), str(path))
+    examples = {"x": torch.randn(2, 5), "factor": torch.tensor([2, 3])}
+    optimizer = Optimizer.from_pytorch(path, [[None, 5], [None]], example_inputs=examples)
+    saved = optimizer.optimize(
+        "auto", preferred_backends="pytorch", techniques="torchscript", rounds=5
+    ).save_config(tmp_path / "config.json")
+    assert Optimizer.from_config(saved).model_info.inputs == optimizer.model_info.inputs
+    elsewhere = tmp_path / "elsewhere.pt"
+    path.rename(elsewhere)
+    with pytest.raises(FileNotFoundError, match=r"scaled\.pt"):
+        Optimizer.from_config(saved)
+    Optimizer.from_config(saved, model=elsewhere)
+    torch.jit.save(torch.jit.script(torch.nn.Identity()), str(elsewhere))
+    with pytest.raises(ModelError):
+        Optimizer.from_config(saved, model=elsewhere)
+    entries = json.loads(saved.read_text())
+    for wrong in ({"framework": "jax"}, {"structure": "list"}, {"inputs": 3}):
+        saved.write_text(json.dumps({**entries, "model": {**entries["model"], **wrong}}))
+        with pytest.raises(ArtifactError, match="damaged"):
+            Optimizer.from_config(saved)
+    for key, wrong in (
+        ("rounds", "9"),
+        ("options", []),
+        ("backend", 3),
+        ("min_cosine", None),
+        ("threads", 0),
+    ):
+        saved.write_text(json.dumps({**entries, key: wrong}))
+        with pytest.raises(ArtifactError, match="damaged"):
+            Optimizer.from_config(saved)
+
+
+def test_outputs_whose_samples_are_not_the_first_axis() -> None:
+    gru = torch.nn.GRU(4, 5, num_layers=2, batch_first=True).eval()
+    found = Optimizer.from_pytorch(gru, [2, 3, 4]).optimize(
+        "auto", preferred_backends="onnx_runtime", techniques="graph", rounds=5
+    )
+    assert found.report.fidelity is not None
+    assert found.report.fidelity.cosine > 0.9999
+    x = torch.randn(5, 3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(found.optimized_model(x), gru(x), atol=1e-4, rtol=1e-4)
 
 
 def test_without_data_accuracy_is_undecided_and_said_so() -> None:

@@ -376,4 +376,4 @@ def test_damaged_and_hostile_artifacts_are_refused(build):
         backend.load(folder)
     for runtime in ("torch_export", "torchscript", "aot_inductor"):
         with pytest.raises(ArtifactError, match=r"model\.pt2"):
-            backend.open(replace(manifest, runtime=runtime), folder, RunOptions())
+            backend.open(replace(manifest, runtime=runtime), folder, RunOptions(allow_native=True))

@@ -17,7 +17,7 @@ import pytest
 from hamerspace.artifact import SIDECAR, Manifest, read_manifest
 from hamerspace.backends import BuildContext, Built, get_backend
 from hamerspace.backends.base import build_artifact
-from hamerspace.exceptions import ArtifactError, BackendError
+from hamerspace.exceptions import ArtifactError, BackendError, ConstraintError
 from hamerspace.loading import load
 from hamerspace.models.info import ModelInfo, TensorSpec
 from hamerspace.models.source import ModelSource
@@ -401,7 +401,7 @@ def test_what_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("options", [{"trials": 0}, {"trials": 1.5}, {"tuning_limit_s": 0}])
 def test_wrong_options(options: dict[str, Any], model: Any, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match=next(iter(options))):
+    with pytest.raises(ConstraintError, match=next(iter(options))):
         build(read(model, input_shape=[1, 8]), tmp_path, "wrong", **options)
 
 

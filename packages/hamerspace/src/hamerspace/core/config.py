@@ -49,7 +49,7 @@ class OptimizationConfig:
         for name in ("threads", "rounds"):
             positive_integer(name, getattr(self, name))
         for name in ("time_limit_s", "memory_limit_mb", "min_cosine"):
-            if (value := getattr(self, name)) is not None:
+            if (value := getattr(self, name)) is not None or name == "min_cosine":
                 number(name, value, lambda _: True, "it is a number")
         if not all(one is None or isinstance(one, str) for one in (self.backend, self.technique)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConstraintError(f"the recipe is {self.backend!r}/{self.technique!r}; names are wanted")

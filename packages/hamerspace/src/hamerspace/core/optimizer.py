@@ -21,10 +21,11 @@ from hamerspace.core.goals import OptimizationGoal, goal_of
 from hamerspace.core.report import CandidateReport, CompressionReport
 from hamerspace.core.result import OptimizationResult
 from hamerspace.exceptions import BackendError, ConstraintError, ModelError, UnsupportedError
-from hamerspace.measure.benchmarker import Benchmarker, hardware_of, reshaped
+from hamerspace.measure.benchmarker import Benchmarker, batched, hardware_of, reshaped
 from hamerspace.measure.data import Batch, cut, read_batches
 from hamerspace.measure.metrics import ModelMetrics
 from hamerspace.models.info import ModelInfo
+from hamerspace.models.reading import read_as
 from hamerspace.models.source import ModelSource
 from hamerspace.search.progress import Progress
 from hamerspace.search.scoring import Scoring, scoring_of
@@ -155,36 +156,42 @@ class Optimizer:
         return cls._of(onnx.read(model_path, input_shape=input_shape))
 
     @classmethod
-    def from_config(cls, path: str | Path, model: Any = None) -> Optimizer:
+    def from_config(cls, path: str | Path, model: Any = None, *, allow_pickle: bool = False) -> Optimizer:
         """Take a saved optimisation, which `apply` repeats.
 
         Args:
             path: what `OptimizationResult.save_config` wrote.
-            model: the model, where it came from memory or lies elsewhere now.
+            model: the model, where it came from memory or lies elsewhere now; the module, where the
+                file holds a state dict.
+            allow_pickle: see `from_pytorch`.
 
         Raises:
             ModelNotFoundError: the configuration or its model is not there.
             ModelError: the model is not the one that the configuration is of.
+            UnsafeModelError: the model's file holds a pickled module.
         """
         config = OptimizationConfig.load(path)
-        if model is None and config.model.path is None:
+        known = config.model
+        options: dict[str, Any] = {"allow_pickle": allow_pickle} if known.framework == "pytorch" else {}
+        if model is None and known.path is None:
             raise ModelError(f"{path} is of a model that came from memory; give it as model=")
-        shapes = {spec.name: list(spec.shape) for spec in config.model.inputs}
-        given: Any = config.model.path if model is None else model
-        made = {
-            "pytorch": lambda: cls.from_pytorch(given, shapes),
-            "tensorflow": lambda: cls.from_tensorflow(given),
-            "onnx": lambda: cls.from_onnx(given),
-        }[config.model.framework]()
-        found = made.model_info
-        if config.model_hash is not None and model is None and hash_of(found.path) != config.model_hash:
-            raise ModelError(f"{found.path} has changed since {path} was saved")
-        if found.parameters != config.model.parameters:
+        if model is None and known.needs_module:
+            raise ModelError(f"{known.path} holds weights alone; give the module that they are for as model=")
+        given = known.path if model is None else model
+        if known.needs_module and not isinstance(model, (str, Path)):
+            given, options["into"] = known.path, model
+        source = read_as(given, known, **options)
+        found = source.info
+        if None not in (config.model_hash, found.path) and hash_of(found.path) != config.model_hash:
+            raise ModelError(
+                f"{found.path} is not the model that {path} was saved with, or has changed since"
+            )
+        if found.parameters != known.parameters:
             raise ModelError(
                 f"the model has {found.parameters:,} parameters, and {path} is of one with "
-                f"{config.model.parameters:,}"
+                f"{known.parameters:,}"
             )
-        made._source = replace(made._source, info=replace(found, inputs=config.model.inputs))
+        made = cls._of(source)
         made._config = config
         return made
 
@@ -263,7 +270,7 @@ class Optimizer:
         min_cosine = number("min_cosine", min_cosine, lambda n: -1 <= n <= 1, "it lies between -1 and 1")
         seed = int(number("seed", seed, lambda n: n >= 0 and n % 1 == 0, "it is an integer, 0 or above"))
         preferred = _named(preferred_backends)
-        info = _batched(self.model_info, limits.batch_size)
+        info = batched(self.model_info, limits.batch_size)
         source = replace(self._source, info=info)
         hardware = hardware_of(limits.target_hardware)
         data, calibration = _data(validation_data, info, limits)
@@ -349,7 +356,7 @@ class Optimizer:
         self, hardware: str = "cpu", num_runs: int = 100, batch_size: int = 1, *, threads: int = 1
     ) -> ModelMetrics:
         """Measure the model as it is, in a fresh process; see `Benchmarker.benchmark_model`."""
-        info = _batched(self.model_info, batch_size)
+        info = batched(self.model_info, batch_size)
         return Benchmarker(threads=threads).benchmark_model(
             replace(self._source, info=info), info, hardware, None, batch_size, num_runs
         )
@@ -458,21 +465,6 @@ def _above_0(name: str, value: Any) -> float | None:
     return None if value is None else number(name, value, lambda n: n > 0, "it is a number above 0")
 
 
-def _batched(info: ModelInfo, batch_size: int) -> ModelInfo:
-    """Give the model the batch of the constraints, where it is not the model's own to say."""
-    if batch_size == 1:
-        return info
-    fixed = {spec.batch for spec in info.inputs if spec.batch is not None}
-    if fixed <= {batch_size}:
-        return info.with_batch(batch_size)
-    if info.framework == "pytorch" and info.form != "exported" and fixed == {1}:
-        return replace(info, inputs=tuple(spec.with_batch(batch_size) for spec in info.inputs))
-    raise ConstraintError(
-        f"batch_size is {batch_size}, and the model takes {sorted(fixed)} samples a call; leave it at that, "
-        "or give the model an axis of any length there"
-    )
-
-
 def _named(preferred: Sequence[Backend | str] | Backend | str | None) -> tuple[str, ...]:
     if preferred is None:
         return ()
@@ -499,7 +491,8 @@ def _first(data: list[Batch], samples: int) -> list[Batch]:
         left = samples - sum(one.samples for one in taken)
         if left <= 0:
             break
-        taken.append(Batch(feeds={name: array[:left] for name, array in batch.feeds.items()}))
+        feeds = {name: array[:left] if array.ndim else array for name, array in batch.feeds.items()}
+        taken.append(Batch(feeds=feeds))
     return taken
 
 

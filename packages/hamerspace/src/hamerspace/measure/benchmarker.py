@@ -14,7 +14,7 @@ from hamerspace.measure.comparison import metrics, one_round
 from hamerspace.measure.metrics import ModelMetrics
 from hamerspace.measure.statistics import Round
 from hamerspace.measure.worker import Worker
-from hamerspace.models.info import ModelInfo, shapes_of
+from hamerspace.models.info import ModelInfo, fitted, shapes_of
 from hamerspace.models.source import ModelSource
 from hamerspace.runtimes.base import RunOptions
 
@@ -102,7 +102,8 @@ class Benchmarker:
                 size_bytes = sum(size for size, _ in list_files(saved).values())
             else:
                 source = self._source(model, model_info, input_shape)
-                info = reshaped(source.info, input_shape).with_batch(batch_size)
+                info = batched(reshaped(source.info, input_shape), batch_size)
+                info = info.with_batch(batch_size)
                 source = replace(source, info=info).stage(folder)
                 worker.call("open_original", source, options)
                 size_bytes = info.size_bytes
@@ -134,15 +135,20 @@ class Benchmarker:
             from hamerspace.models import pytorch
 
             return pytorch.read(model, input_shape=input_shape)
-        return ModelSource.of(model, info)
+        return ModelSource.of(model, info, input_shape)
 
 
 def reshaped(info: ModelInfo, input_shape: Any) -> ModelInfo:
     """Return the model with shapes given anew, if they are.
 
+    A module's shapes are those that it was last tried with, and any others may do; other models have their
+    own.
+
     Raises:
-        ConstraintError: there are more or fewer shapes than inputs.
+        ConstraintError: there are more or fewer shapes than inputs, or one does not fit.
     """
+    if info.framework != "pytorch" or info.form == "exported":
+        return replace(info, inputs=fitted(info.inputs, input_shape))
     shapes = shapes_of(input_shape, [spec.name for spec in info.inputs])
     if shapes is None:
         return info
@@ -152,3 +158,22 @@ def reshaped(info: ModelInfo, input_shape: Any) -> ModelInfo:
         )
     inputs = tuple(replace(spec, shape=shape) for spec, shape in zip(info.inputs, shapes, strict=True))
     return replace(info, inputs=inputs)
+
+
+def batched(info: ModelInfo, batch_size: int) -> ModelInfo:
+    """Give a model a number of samples a call, where it is not the model's own to say.
+
+    Raises:
+        ConstraintError: the model takes another number.
+    """
+    if batch_size == 1:
+        return info
+    fixed = {spec.batch for spec in info.inputs if spec.batch is not None}
+    if fixed <= {batch_size}:
+        return info.with_batch(batch_size)
+    if info.framework == "pytorch" and info.form != "exported" and fixed == {1}:
+        return replace(info, inputs=tuple(spec.with_batch(batch_size) for spec in info.inputs))
+    raise ConstraintError(
+        f"batch_size is {batch_size}, and the model takes {sorted(fixed)} samples a call; leave it at that, "
+        "or give the model an axis of any length there"
+    )

@@ -80,7 +80,13 @@ def cut(feeds: Sequence[Feeds], info: ModelInfo, *, limit: int | None = None) ->
         groups.setdefault(key, []).append(batch)
     found: list[dict[str, Array]] = []
     for members in groups.values():
-        joined = {name: np.concatenate([batch[name] for batch in members])[:limit] for name in members[0]}
+        # What is no tensor of samples, such as a number, is the first batch's.
+        alone = {name: array for name, array in members[0].items() if not array.ndim}
+        joined = {
+            name: np.concatenate([batch[name] for batch in members])[:limit]
+            for name in members[0]
+            if name not in alone
+        }
         total = len(next(iter(joined.values())))
         for start in range(0, total, size):
             part = {name: array[start : start + size] for name, array in joined.items()}
@@ -89,6 +95,7 @@ def cut(feeds: Sequence[Feeds], info: ModelInfo, *, limit: int | None = None) ->
                 part = {
                     name: np.concatenate([a, np.repeat(a[-1:], short, axis=0)]) for name, a in part.items()
                 }
+            part = {spec.name: {**part, **alone}[spec.name] for spec in info.inputs}
             found.append(part)
     return found if limit is None else found[: max(1, -(-limit // size))]
 
@@ -118,7 +125,8 @@ def _is_one_batch(data: tuple[Any, ...], info: ModelInfo) -> bool:
     if len(data) == 2 and isinstance(data[0], Mapping):
         return True
     ranks = [len(spec.shape) for spec in info.inputs]
-    tensors = all(is_tensor(one) for one in data)
+    # Labels may well be a list of numbers.
+    tensors = all(is_tensor(one) or _is_numbers(one) for one in data)
     if not tensors or len(data) not in (len(ranks), len(ranks) + 1):
         return False
     return all(as_array(one).ndim == rank for one, rank in zip(data, ranks, strict=False)) and (
@@ -137,7 +145,7 @@ def _batch(item: Any, info: ModelInfo, place: int) -> Batch:
     elif isinstance(item, (tuple, list)) and not _is_numbers(item):
         if len(parts) == 2 and isinstance(parts[0], (Mapping, tuple, list)) and not _is_numbers(parts[0]):
             inner = _batch(parts[0], info, place)
-            return Batch(feeds=inner.feeds, labels=_labels(parts[1]))
+            return Batch(feeds=inner.feeds, labels=_labels(parts[1], inner.feeds, place))
         if len(parts) == len(names) + 1:
             labels = parts[-1]
         elif len(parts) != len(names):
@@ -165,9 +173,14 @@ def _batch(item: Any, info: ModelInfo, place: int) -> Batch:
         array = fit(spec, array)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ModelInputError(f"batch {place}: {spec.name} holds NaN or infinity")
+        if spec.high is not None and array.size and not 0 <= array.min() <= array.max() < spec.high:
+            raise ModelInputError(
+                f"batch {place}: {spec.name} holds {array.min()} to {array.max()}, and the model knows 0 to "
+                f"{spec.high - 1}; is it tokenised for another model?"
+            )
         feeds[spec.name] = array
-    found = _labels(labels)
-    return Batch(feeds=feeds, labels=found[None] if single and found is not None else found)
+    found = as_array(labels)[None] if single and labels is not None else labels
+    return Batch(feeds=feeds, labels=_labels(found, feeds, place))
 
 
 def _is_numbers(value: Any) -> bool:
@@ -178,5 +191,13 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(inner, (int, float))
 
 
-def _labels(value: Any) -> Array | None:
-    return None if value is None else as_array(value)
+def _labels(value: Any, feeds: Mapping[str, Array], place: int) -> Array | None:
+    if value is None:
+        return None
+    labels, samples = as_array(value), Batch(feeds=dict(feeds)).samples
+    given = len(labels) if labels.ndim else 1
+    if given != samples:
+        raise ModelInputError(
+            f"batch {place} has {samples} samples and {given} labels; each sample wants one"
+        )
+    return labels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,28 +38,41 @@ class Fidelity:
         )
 
 
-def compare(original: Sequence[Feeds], other: Sequence[Feeds], basis: str) -> Fidelity:
+def compare(
+    original: Sequence[Feeds], other: Sequence[Feeds], basis: str, axes: Mapping[str, int] | None = None
+) -> Fidelity:
     """Compare outputs batch by batch.
+
+    Args:
+        original: outputs of the original.
+        other: outputs of the other model on the same inputs.
+        basis: what the inputs were, for people.
+        axes: of the samples, by output, where they are not the first. The first output says how many samples
+            there are; one that has another number of them is of all samples together.
 
     Raises:
         ValueError: a shape differs, or the other gives NaN or infinity where the original does not.
     """
     signal, noise = 0.0, 0.0
+    places = axes or {}
     dots: list[Array] = []
     norms: list[Array] = []
     others: list[Array] = []
     same: list[Array] = []
     for wanted, found in zip(original, other, strict=True):
         total: list[Array] = [np.zeros(1), np.zeros(1), np.zeros(1)]
+        first = next(iter(wanted))
+        samples = len(_by_sample(wanted[first], places.get(first, 0)))
         for name, reference in wanted.items():
-            a, b = _checked(name, reference, found.get(name))
+            a, b = _checked(name, reference, found.get(name), places.get(name, 0))
+            if len(a) != samples:
+                a, b = a.reshape(1, -1), b.reshape(1, -1)
             signal += float((a * a).sum())
             noise += float(((a - b) ** 2).sum())
             total = [total[0] + (a * b).sum(1), total[1] + (a * a).sum(1), total[2] + (b * b).sum(1)]
         dots.append(total[0])
         norms.append(total[1])
         others.append(total[2])
-        first = next(iter(wanted))
         if (agreed := _agreement(wanted[first], found[first])) is not None:
             same.append(agreed)
     dot, norm, other_norm = (np.concatenate(parts) for parts in (dots, norms, others))
@@ -86,15 +99,23 @@ def largest_difference(wanted: Feeds, found: Feeds) -> float:
     return worst
 
 
-def _checked(name: str, reference: Array, other: Array | None) -> tuple[Array, Array]:
+def _by_sample(array: Array, axis: int) -> Array:
+    """Return an array in float64 with a row a sample; what has no such axis is one row."""
+    whole = np.asarray(array, np.float64)
+    if whole.ndim <= axis:
+        return whole.reshape(1, -1)
+    return np.moveaxis(whole, axis, 0).reshape(whole.shape[axis], -1)
+
+
+def _checked(name: str, reference: Array, other: Array | None, axis: int = 0) -> tuple[Array, Array]:
+    """Return two outputs as float64 with a row a sample, zero where both are not finite."""
     if other is None:
         raise ValueError(f"output {name!r} is missing")
     if other.shape != reference.shape:
         raise ValueError(
             f"output {name!r} has the shape {list(other.shape)} in place of {list(reference.shape)}"
         )
-    a = np.asarray(reference, np.float64).reshape(len(reference) if reference.ndim else 1, -1)
-    b = np.asarray(other, np.float64).reshape(a.shape)
+    a, b = _by_sample(reference, axis), _by_sample(other, axis)
     odd = ~np.isfinite(b) & np.isfinite(a)
     if odd.any():
         raise ValueError(

@@ -7,6 +7,7 @@ through first, by the reader that torch uses itself, and what a saved model has 
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -46,6 +47,11 @@ _FUNCTIONS: Final = frozenset(
     )
 )
 # fmt: on
+_POWERS: Final = frozenset(("Pow", "PowByNatural", "FloatPow", "LShift"))
+_WORKS: Final = _POWERS | {"Add", "Mul"}
+_MOST_POWERS: Final = 3
+_MOST: Final = 64
+"""The largest exponent."""
 
 
 def load_exported(path: Path) -> Any:
@@ -101,8 +107,10 @@ def _check_program(data: Any, where: str) -> None:
         if key in ("target", "as_operator"):
             fits = _TARGET.fullmatch(value) is not None
         elif key == "expr_str":
-            fits = _EXPRESSION.fullmatch(value) is not None and all(
-                word in _FUNCTIONS or _SYMBOL.fullmatch(word) for word in _WORD.findall(value)
+            fits = (
+                _EXPRESSION.fullmatch(value) is not None
+                and all(word in _FUNCTIONS or _SYMBOL.fullmatch(word) for word in _WORD.findall(value))
+                and _is_small(value)
             )
         else:
             fits = _NAME.fullmatch(value) is not None
@@ -110,6 +118,29 @@ def _check_program(data: Any, where: str) -> None:
             raise UnsafeModelError(
                 f"{where} has {value[:80]!r} as a {key}, which a saved model has no need of"
             )
+
+
+def _is_small(expression: str) -> bool:
+    """Whether an expression is soon worked out, as ``9**9**9`` is not: few powers of small exponents."""
+    powers = 0
+    for node in ast.walk(ast.parse(expression.strip(), mode="eval")):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Pow, ast.LShift)):
+            exponent: ast.expr = node.right
+        elif isinstance(node, ast.Call) and _called(node) in _POWERS and len(node.args) == 2:
+            exponent = node.args[1]
+        else:
+            continue
+        powers += 1
+        for part in ast.walk(exponent):
+            works = isinstance(part, ast.BinOp) or (isinstance(part, ast.Call) and _called(part) in _WORKS)
+            large = isinstance(part, ast.Constant) and isinstance(part.value, int) and part.value > _MOST
+            if works or large:
+                return False
+    return powers <= _MOST_POWERS
+
+
+def _called(node: ast.Call) -> str:
+    return node.func.id if isinstance(node.func, ast.Name) else ""
 
 
 def _strings(data: Any) -> Iterator[tuple[str, str]]:

@@ -34,6 +34,8 @@ class TensorSpec:
     """Lengths; a name stands for an axis of any length. The first axis is the batch."""
     high: int | None = None
     """Valid values are integers below this, as below the size of a vocabulary; floats may hold them too."""
+    batch_axis: int = 0
+    """Of an output: the axis of its samples, which is the second of a recurrent layer's last state."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _DTYPE.fullmatch(str(self.dtype)):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -42,6 +44,8 @@ class TensorSpec:
             raise ConstraintError(f"{self.name} has the shape {list(self.shape)}, which is none")
         if self.high is not None and (type(self.high) is not int or self.high < 1):
             raise ConstraintError(f"{self.name} has values below {self.high!r}, which is no integer above 0")
+        if type(self.batch_axis) is not int or self.batch_axis < 0:
+            raise ConstraintError(f"{self.name} has its samples along the axis {self.batch_axis!r}")
         if any(isinstance(length, int) and length < 1 for length in self.shape):
             raise ConstraintError(f"{self.name} has the shape {list(self.shape)}; every length is 1 or more")
 
@@ -85,6 +89,8 @@ class ModelInfo:
     """Of what the model is: module, torchscript, exported, transformers, keras, saved_model or onnx."""
     path: str | None = None
     """The file or folder that it was read from."""
+    needs_module: bool = False
+    """Whether that holds weights alone, for a module that the caller gives."""
 
     @property
     def size_mb(self) -> float:
@@ -162,6 +168,37 @@ def shapes_of(input_shape: Any, names: Sequence[str]) -> list[tuple[int | str, .
     if any(isinstance(one, Sequence) and not isinstance(one, str) for one in given):
         return [_shape(one, given) for one in given]
     return [_shape(given, given)]
+
+
+def fitted(specs: Sequence[TensorSpec], input_shape: Any) -> tuple[TensorSpec, ...]:
+    """Return inputs of a model with lengths for axes that it leaves free; others have to be the model's own.
+
+    Raises:
+        ConstraintError: there are more or fewer shapes than inputs, or one does not fit.
+    """
+    shapes = shapes_of(input_shape, [spec.name for spec in specs])
+    if shapes is None:
+        return tuple(specs)
+    fits = len(shapes) == len(specs) and all(
+        len(shape) == len(spec.shape)
+        and all(
+            isinstance(a, str) or isinstance(b, str) or a == b for a, b in zip(shape, spec.shape, strict=True)
+        )
+        for shape, spec in zip(shapes, specs, strict=True)
+    )
+    if not fits:
+        taken = ", ".join(f"{spec.name}: {spec.dtype}{list(spec.shape)}" for spec in specs)
+        raise ConstraintError(f"input_shape is {input_shape!r}, and the model takes {taken}")
+    return tuple(
+        replace(
+            spec,
+            shape=tuple(
+                a if isinstance(a, int) and isinstance(b, str) else b
+                for a, b in zip(shape, spec.shape, strict=True)
+            ),
+        )
+        for shape, spec in zip(shapes, specs, strict=True)
+    )
 
 
 def _shape(given: Any, whole: Any) -> tuple[int | str, ...]:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from hamerspace._imports import has, need
-from hamerspace.exceptions import ConstraintError, ModelError, first_line
-from hamerspace.models.info import ModelInfo, TensorSpec, shapes_of
+from hamerspace.exceptions import ModelError, first_line
+from hamerspace.models.info import ModelInfo, TensorSpec, fitted
 from hamerspace.models.reading import check_exists
 from hamerspace.models.source import ModelSource
 from hamerspace.runtimes.base import Runner, RunOptions
@@ -41,7 +41,7 @@ def read(model: Any, *, input_shape: Any = None, name: str | None = None) -> Mod
     onnx = need("onnx")
     path: Path | None = None
     if isinstance(model, (str, Path)):
-        path = Path(model)
+        path = Path(model).resolve()
         check_exists(path)
         check(path)
         proto = open_model(path, weights=False)
@@ -51,8 +51,8 @@ def read(model: Any, *, input_shape: Any = None, name: str | None = None) -> Mod
     else:
         raise ModelError(f"the model is {type(model).__name__}; a path or an onnx.ModelProto is wanted")
     info = describe(proto, name or (path.stem if path else proto.graph.name or "model"), input_shape)
-    info = replace(info, path=str(path.resolve()) if path else None)
-    source = ModelSource(info=info, model=None if path else model, path=path.resolve() if path else None)
+    info = replace(info, path=str(path) if path else None)
+    source = ModelSource(info=info, model=None if path else model, path=path)
     if has("onnxruntime"):
         _try_once(source)
     return source
@@ -128,7 +128,7 @@ def check(path: Path) -> None:
 def data_files(model: Any) -> dict[str, int]:
     """Names of the files in which a model's external data lies, and how long each has to be."""
     found: dict[str, int] = {}
-    for tensor in tensors_of(model.graph):
+    for tensor in (one for part in (model.graph, *model.functions) for one in tensors_of(part)):
         entries = {one.key: one.value for one in tensor.external_data}
         if "location" in entries and tensor.data_location == tensor.EXTERNAL:
             end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
@@ -137,12 +137,21 @@ def data_files(model: Any) -> dict[str, int]:
 
 
 def tensors_of(graph: Any) -> Iterator[Any]:
-    """Yield each stored tensor: initialisers, and constants of nodes, of subgraphs too."""
-    yield from graph.initializer
+    """Yield each stored tensor: initialisers, and constants of nodes, of subgraphs too.
+
+    Args:
+        graph: of a model, or one of a model's functions, which has nodes alone.
+    """
+    yield from getattr(graph, "initializer", ())
+    for sparse in getattr(graph, "sparse_initializer", ()):
+        yield from (sparse.values, sparse.indices)
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t
+            if attribute.HasField("sparse_tensor"):
+                yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+            yield from attribute.tensors
             for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
                 yield from tensors_of(inner)
 
@@ -160,9 +169,10 @@ def describe(model: Any, name: str, input_shape: Any = None) -> ModelInfo:
     inputs = [_spec(one, highs.get(one.name)) for one in graph.input if one.name not in stored]
     if not inputs:
         raise ModelError(f"{name} takes no inputs")
-    outputs = tuple(_spec(one) for one in graph.output)
-    if input_shape is not None:
-        inputs = _with_shapes(inputs, input_shape)
+    # The axis that grows with the first input's samples is known where those have a name.
+    samples = inputs[0].shape[0] if inputs[0].shape else None
+    outputs = tuple(_with_batch_axis(_spec(one), samples) for one in graph.output)
+    inputs = fitted(inputs, input_shape)
     # Integers of these widths are shapes and indices, not weights.
     weights = [
         one
@@ -172,13 +182,19 @@ def describe(model: Any, name: str, input_shape: Any = None) -> ModelInfo:
     return ModelInfo(
         framework="onnx",
         name=name,
-        inputs=tuple(inputs),
+        inputs=inputs,
         outputs=outputs,
         structure="tensor" if len(outputs) == 1 else "dict",
         parameters=sum(math.prod(one.dims) for one in weights),
         size_bytes=sum(_bytes(one) for one in tensors_of(graph)),
         form="onnx",
     )
+
+
+def _with_batch_axis(spec: TensorSpec, samples: int | str | None) -> TensorSpec:
+    if isinstance(samples, str) and samples in spec.shape:
+        return replace(spec, batch_axis=spec.shape.index(samples))
+    return spec
 
 
 def element_types() -> Any:
@@ -207,28 +223,6 @@ def _spec(value: Any, high: int | None = None) -> TensorSpec:
         else:
             shape.append(length.dim_param or ("batch" if axis == 0 else f"axis_{axis}"))
     return TensorSpec(name=value.name, dtype=dtype.name, shape=tuple(shape), high=high)
-
-
-def _with_shapes(inputs: list[TensorSpec], input_shape: Any) -> list[TensorSpec]:
-    shapes = shapes_of(input_shape, [spec.name for spec in inputs]) or []
-    if len(shapes) != len(inputs):
-        raise ConstraintError(
-            f"input_shape has {len(shapes)} shapes, and the model takes {[spec.name for spec in inputs]}"
-        )
-    fitted: list[TensorSpec] = []
-    for spec, shape in zip(inputs, shapes, strict=True):
-        fits = len(shape) == len(spec.shape) and all(
-            isinstance(own, str) or own == given for own, given in zip(spec.shape, shape, strict=True)
-        )
-        if not fits:
-            raise ConstraintError(
-                f"input_shape is {list(shape)} for {spec.name}, and the model takes {list(spec.shape)}"
-            )
-        lengths = tuple(
-            own if isinstance(given, str) else given for own, given in zip(spec.shape, shape, strict=True)
-        )
-        fitted.append(TensorSpec(name=spec.name, dtype=spec.dtype, shape=lengths, high=spec.high))
-    return fitted
 
 
 def _highs(graph: Any) -> dict[str, int]:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -22,8 +23,8 @@ from hamerspace._imports import need
 from hamerspace.artifact import cut_archive
 from hamerspace.exceptions import ConstraintError, ModelError, UnsafeModelError, first_line
 from hamerspace.models.exported import load_exported
-from hamerspace.models.info import Array, Feeds, ModelInfo, TensorSpec, shapes_of, spec_of
-from hamerspace.models.reading import check_exists
+from hamerspace.models.info import Array, Feeds, ModelInfo, TensorSpec, fitted, shapes_of, spec_of
+from hamerspace.models.reading import EXAMPLE_BATCH, EXAMPLE_LENGTH, check_exists
 from hamerspace.models.source import ModelSource
 from hamerspace.runtimes.base import Runner, RunOptions
 
@@ -59,10 +60,14 @@ def read(
     """
     torch = need("torch")
     path: Path | None = None
+    needs_module = False
     if isinstance(model, (str, Path)):
-        path = Path(model)
+        # As another process may be in another folder.
+        path = Path(model).resolve()
         check_exists(path)
-        model = _open(path, into, allow_pickle)
+        model = _open(path, allow_pickle)
+        if needs_module := isinstance(model, Mapping):
+            model = _fill(into, _state_of(cast("Mapping[str, Any]", model)), str(path))
     elif isinstance(model, Mapping):
         model = _fill(into, cast("Mapping[str, Any]", model), "the state dict")
     if not isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
@@ -73,8 +78,8 @@ def read(
     form = form_of(model, path)
     examples = _example_feeds(model, form, input_shape, example_inputs)
     info = describe(model, form, examples, input_shape, name or (path.stem if path else type(model).__name__))
-    kept = path if form != "module" or (path and path.is_dir()) else None
-    info = replace(info, path=str(path.resolve()) if path else None)
+    kept = path if form != "module" else None
+    info = replace(info, path=str(path) if path else None, needs_module=needs_module)
     return ModelSource(info=info, model=model, path=kept)
 
 
@@ -88,7 +93,7 @@ def form_of(model: Any, path: Path | None = None) -> str:
     return "transformers" if path is not None and path.is_dir() else "module"
 
 
-def _open(path: Path, into: Any, allow_pickle: bool) -> Any:
+def _open(path: Path, allow_pickle: bool) -> Any:
     if path.is_dir():
         return open_transformers(path)
     kind = _kind_of_file(path)
@@ -105,14 +110,14 @@ def _open(path: Path, into: Any, allow_pickle: bool) -> Any:
         raise ModelError(
             f"{path} is a package of AOTInductor, which is compiled already; give its source model"
         )
-    loaded = _unpickle(path, allow_pickle)
-    if isinstance(loaded, Mapping):
-        inner = cast("Mapping[str, Any]", loaded)
-        for key in ("state_dict", "model_state_dict", "model"):
-            if isinstance(inner.get(key), Mapping):
-                inner = inner[key]
-                break
-        return _fill(into, inner, str(path))
+    return _unpickle(path, allow_pickle)
+
+
+def _state_of(loaded: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the state dict of a checkpoint, which may be it or hold it."""
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(held := loaded.get(key), Mapping):
+            return cast("Mapping[str, Any]", held)
     return loaded
 
 
@@ -160,7 +165,7 @@ def _unpickle(path: Path, allow_pickle: bool) -> Any:
         IndexError,
         TypeError,
     ) as error:
-        if "weights_only" not in str(error) and "Unsupported" not in str(error):
+        if not _holds_pickle(path) or ("weights_only" not in str(error) and "Unsupported" not in str(error)):
             raise ModelError(f"{path} is no model of torch, or is damaged: {first_line(error)}") from error
         if not allow_pickle:
             raise UnsafeModelError(
@@ -172,6 +177,21 @@ def _unpickle(path: Path, allow_pickle: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
         raise ModelError(f"{path} cannot be unpickled: {error}") from error
+
+
+def _holds_pickle(path: Path) -> bool:
+    """Whether the first pickle in a file of torch.save is whole; nothing in it is executed."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                name = next(one for one in archive.namelist() if one.endswith("data.pkl"))
+                parts = list(pickletools.genops(archive.read(name)))
+        else:
+            with path.open("rb") as file:
+                parts = list(pickletools.genops(file))
+    except Exception:  # noqa: BLE001 - whatever bytes that are none lead to
+        return False
+    return parts[-1][0].name == "STOP"
 
 
 def _fill(into: Any, state: Mapping[str, Any], where: str) -> Any:
@@ -218,11 +238,20 @@ def open_transformers(path: Path) -> Any:
         architecture = (config.get("architectures") or ["AutoModel"])[0]
         known: Any = getattr(transformers, str(architecture), None)
         owner: Any = known if hasattr(known, "from_pretrained") else transformers.AutoModel
-        return owner.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="float32"
-        ).eval()
+        model, loaded = owner.from_pretrained(
+            path,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype="float32",
+            output_loading_info=True,
+        )
     except Exception as error:
         raise ModelError(f"{path} cannot be read by transformers: {first_line(error)}") from error
+    # Which would be drawn at random, with no more than a warning.
+    if missing := sorted(loaded["missing_keys"]):
+        raise ModelError(f"{path} lacks weights of {architecture}: {', '.join(missing[:3])}")
+    return model.eval()
 
 
 def load(source: ModelSource) -> Any:
@@ -326,7 +355,10 @@ def _example_feeds(model: Any, form: str, input_shape: Any, example_inputs: Any)
                 "of shapes, or shapes by name"
             )
     concrete = [
-        tuple(n if isinstance(n, int) else 2 if axis == 0 else 16 for axis, n in enumerate(shape))
+        tuple(
+            n if isinstance(n, int) else EXAMPLE_LENGTH if axis else EXAMPLE_BATCH
+            for axis, n in enumerate(shape)
+        )
         for shape in shapes
     ]
     embeds = any(isinstance(one, torch.nn.Embedding) for one in model.modules())
@@ -432,29 +464,19 @@ def describe(model: Any, form: str, feeds: Mapping[str, Any], input_shape: Any, 
     for key, array in arrays.items():
         if array.dtype.kind == "f" and np.isnan(array).any():
             raise ModelError(f"the model gives NaN in {key!r}; look for weights that are NaN")
-    free = shapes_of(input_shape, names if isinstance(input_shape, Mapping) else [])
     specs: list[TensorSpec] = []
-    for place, (key, value) in enumerate(feeds.items()):
+    for key, value in feeds.items():
         spec = spec_of(key, as_array(value))
-        shape = free[place] if free is not None and place < len(free) else spec.shape
         high = seen.get(key)
         if high is None and spec.is_integer and spec.dtype != "bool" and "mask" not in key:
             high = _vocabulary(model)
-        specs.append(TensorSpec(name=key, dtype=spec.dtype, shape=shape, high=high))
+        specs.append(replace(spec, high=high))
     if form == "exported":
-        specs = _exported_specs(model, specs)
+        specs = list(fitted(_exported_specs(model, specs), input_shape))
+    else:
+        specs = _freed(specs, input_shape)
     batch = specs[0].shape[0] if specs and specs[0].shape else 1
-    length = len(next(iter(feeds.values()))) if batch != 1 else 0
-    results = tuple(
-        TensorSpec(
-            name=key,
-            dtype=array.dtype.name,
-            shape=(batch, *spec_of(key, array).shape[1:])
-            if array.ndim and isinstance(batch, str) and array.shape[0] == length
-            else spec_of(key, array).shape,
-        )
-        for key, array in arrays.items()
-    )
+    results = _outputs(model, form, feeds, arrays, batch if isinstance(batch, str) else None)
     tensors = [*model.parameters(), *model.buffers()]
     sizes = {id(one): one.numel() * one.element_size() for one in tensors}
     return ModelInfo(
@@ -467,6 +489,68 @@ def describe(model: Any, form: str, feeds: Mapping[str, Any], input_shape: Any, 
         size_bytes=sum(sizes.values()),
         form=form,
     )
+
+
+def _freed(specs: list[TensorSpec], input_shape: Any) -> list[TensorSpec]:
+    """Free axes of examples that ``input_shape`` leaves open.
+
+    Raises:
+        ConstraintError: it is of other inputs or lengths than the examples.
+    """
+    shapes = shapes_of(input_shape, [spec.name for spec in specs] if isinstance(input_shape, Mapping) else [])
+    if shapes is None:
+        return specs
+    agree = len(shapes) == len(specs) and all(
+        len(shape) == len(spec.shape)
+        and all(isinstance(n, str) or n == own for n, own in zip(shape, spec.shape, strict=True))
+        for shape, spec in zip(shapes, specs, strict=True)
+    )
+    if not agree:
+        given = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in specs)
+        raise ConstraintError(
+            f"input_shape is {input_shape!r}, and example_inputs are {given}; they have to agree"
+        )
+    return [replace(spec, shape=shape) for spec, shape in zip(specs, shapes, strict=True)]
+
+
+def _outputs(
+    model: Any, form: str, feeds: Mapping[str, Any], arrays: Mapping[str, Array], free: str | None
+) -> tuple[TensorSpec, ...]:
+    """Describe outputs; ``free`` is the name of the batch axis, where any number of samples goes."""
+    first = next(iter(feeds.values()))
+    samples = len(first) if first.ndim else 0
+    axes = {
+        key: [axis for axis, length in enumerate(array.shape) if length == samples]
+        for key, array in arrays.items()
+    }
+    grown: Mapping[str, Array] = {}
+    if any(len(found) > 1 for found in axes.values()):
+        grown = _with_one_more(model, form, feeds, samples)
+    results: list[TensorSpec] = []
+    for key, array in arrays.items():
+        if (more := grown.get(key)) is not None and more.ndim == array.ndim:
+            axes[key] = [axis for axis in axes[key] if more.shape[axis] == samples + 1] or axes[key]
+        axis = axes[key][0] if axes[key] else 0
+        spec = replace(spec_of(key, array), batch_axis=axis)
+        if free is not None and axes[key]:
+            spec = replace(spec, shape=(*spec.shape[:axis], free, *spec.shape[axis + 1 :]))
+        results.append(spec)
+    return tuple(results)
+
+
+def _with_one_more(model: Any, form: str, feeds: Mapping[str, Any], samples: int) -> dict[str, Array]:
+    """Run a model on one more sample, which shows along which axis outputs grow; nothing if it cannot."""
+    torch = need("torch")
+    more = {
+        name: torch.cat([value, value[:1]]) if value.ndim and len(value) == samples else value
+        for name, value in feeds.items()
+    }
+    try:
+        with evaluating(model), torch.no_grad():
+            outputs = flatten_outputs(call(model, form, list(feeds), more))[1]
+    except Exception:  # noqa: BLE001 - whatever a model raises that holds for one number of samples
+        return {}
+    return {name: as_array(value) for name, value in outputs.items()}
 
 
 def _exported_specs(program: Any, specs: list[TensorSpec]) -> list[TensorSpec]:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from hamerspace.exceptions import ModelError, ModelNotFoundError
+from hamerspace.models.info import ModelInfo
 from hamerspace.models.source import ModelSource
 
 TORCH_ENDINGS: Final = (".pt", ".pth", ".pt2", ".bin", ".ts", ".jit")
 KERAS_ENDINGS: Final = (".keras", ".h5", ".hdf5")
+EXAMPLE_BATCH: Final = 2
+"""Samples that a model is read with, where it takes any number: exporters take 1 for a fixed one."""
+EXAMPLE_LENGTH: Final = 16
+"""Of other axes of any length, when a model is read."""
 
 
 def check_exists(path: Path) -> None:
@@ -57,3 +63,33 @@ def framework_of(path: Path) -> str:
 def read_path(path: Path, **options: Any) -> ModelSource:
     """Read a model of any framework; ``options`` are those of the framework's ``read``."""
     return importlib.import_module(f"hamerspace.models.{framework_of(path)}").read(path, **options)
+
+
+def read_as(model: Any, info: ModelInfo, **options: Any) -> ModelSource:
+    """Read a model for the inputs that are known of it.
+
+    Args:
+        model: a path, or a live model.
+        info: of the model, or of the one that it is to be.
+        options: those of the framework's ``read``.
+
+    Raises:
+        ModelNotFoundError: there is no such file.
+        ModelError: it is no model, of another framework, or takes other inputs.
+        ConstraintError: it takes other shapes.
+    """
+    if isinstance(model, (str, Path)) and (framework := framework_of(Path(model))) != info.framework:
+        raise ModelError(f"{model} is of {framework}, and a model of {info.framework} is wanted")
+    options["input_shape"] = {spec.name: list(spec.shape) for spec in info.inputs}
+    if info.framework == "pytorch" and info.form != "exported":
+        short = tuple(
+            replace(spec, shape=tuple(_example_length(n, axis) for axis, n in enumerate(spec.shape)))
+            for spec in info.inputs
+        )
+        options["example_inputs"] = replace(info, inputs=short).draw(1)
+    found = importlib.import_module(f"hamerspace.models.{info.framework}").read(model, **options)
+    return replace(found, info=replace(found.info, inputs=info.inputs))
+
+
+def _example_length(length: int | str, axis: int) -> int:
+    return length if isinstance(length, int) else EXAMPLE_LENGTH if axis else EXAMPLE_BATCH

@@ -33,8 +33,13 @@ class ModelSource:
     """Whether `path` was written by `stage` for a process of ours."""
 
     @classmethod
-    def of(cls, model: Any, info: ModelInfo | None = None) -> ModelSource:
+    def of(cls, model: Any, info: ModelInfo | None = None, input_shape: Any = None) -> ModelSource:
         """Take a model of torch, Keras or ONNX, a path to one, or a source.
+
+        Args:
+            model: what is taken.
+            info: what is known of it; a path is read for the inputs that it has there.
+            input_shape: of a path of which nothing is known.
 
         Raises:
             ModelError: it is a live model and ``info`` is missing, or no model at all.
@@ -42,9 +47,10 @@ class ModelSource:
         if isinstance(model, ModelSource):
             return model
         if isinstance(model, (str, Path)):
-            from hamerspace.models.reading import read_path
+            from hamerspace.models.reading import read_as, read_path
 
-            return read_path(Path(model))
+            path = Path(model)
+            return read_path(path, input_shape=input_shape) if info is None else read_as(path, info)
         if info is None:
             raise ModelError(
                 "a live model needs its ModelInfo; hamerspace.Optimizer.from_pytorch(model, input_shape) "

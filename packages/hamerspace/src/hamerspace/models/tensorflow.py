@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from hamerspace._arrays import as_array
-from hamerspace.exceptions import ConstraintError, ModelError, ModelInputError
+from hamerspace.exceptions import ModelError, ModelInputError
 from hamerspace.models._keras_files import is_standard, open_keras
 from hamerspace.models._saved_model_files import endpoint_of, open_saved_model, write_saved_model
 from hamerspace.models._tensorflow_graph import (
@@ -28,7 +28,7 @@ from hamerspace.models._tensorflow_graph import (
     unique,
     vocabularies,
 )
-from hamerspace.models.info import Array, ModelInfo, Structure, TensorSpec, shapes_of
+from hamerspace.models.info import Array, ModelInfo, Structure, TensorSpec, fitted, shapes_of
 from hamerspace.models.reading import check_exists
 from hamerspace.models.source import ModelSource
 from hamerspace.runtimes._tensorflow_library import keras, tensorflow
@@ -67,7 +67,8 @@ def read(
     """
     if not isinstance(model, (str, Path)):
         return _described(model, None, input_shape, example_inputs, name)
-    path = Path(model)
+    # As another process may be in another folder.
+    path = Path(model).resolve()
     check_exists(path)
     if "tensorflow" in sys.modules:
         return read_here(path, input_shape=input_shape, example_inputs=example_inputs, name=name)
@@ -89,7 +90,7 @@ def _described(
     model: Any, path: Path | None, input_shape: Any, example_inputs: Any, name: str | None
 ) -> ModelSource:
     model, specs = _opened(model, input_shape, example_inputs)
-    specs = _with_examples(_with_shapes(specs, input_shape), example_inputs)
+    specs = _with_examples(fitted(specs, input_shape), example_inputs)
     traced = trace_model(model, specs)
     inlined = frozen(traced.function) if isinstance(model, Endpoint) or _looks_up(traced) else None
     if inlined is not None:
@@ -106,7 +107,7 @@ def _described(
         parameters=parameters,
         size_bytes=size_bytes,
         form=form,
-        path=str(path.resolve()) if path else None,
+        path=str(path) if path else None,
     )
     _try(traced, info)
     # A file whose classes only this process knows is of no use to another.
@@ -314,28 +315,6 @@ def _subclassed(
         return model(dict(zip(keys, tensors, strict=True)) if keys else list(tensors), training=False)
 
     return specs, call
-
-
-def _with_shapes(specs: tuple[TensorSpec, ...], input_shape: Any) -> tuple[TensorSpec, ...]:
-    shapes = shapes_of(input_shape, [spec.name for spec in specs])
-    if shapes is None:
-        return specs
-    fits = len(shapes) == len(specs) and all(
-        len(shape) == len(spec.shape)
-        and all(
-            isinstance(a, str) or isinstance(b, str) or a == b for a, b in zip(shape, spec.shape, strict=True)
-        )
-        for shape, spec in zip(shapes, specs, strict=True)
-    )
-    if not fits:
-        raise ConstraintError(f"input_shape is {input_shape!r}, and the model takes {describe(specs)}")
-    return tuple(
-        replace(
-            spec,
-            shape=tuple(a if isinstance(b, str) else b for a, b in zip(shape, spec.shape, strict=True)),
-        )
-        for shape, spec in zip(shapes, specs, strict=True)
-    )
 
 
 def _with_examples(specs: tuple[TensorSpec, ...], example_inputs: Any) -> tuple[TensorSpec, ...]:

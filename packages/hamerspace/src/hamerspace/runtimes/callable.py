@@ -89,9 +89,8 @@ class LoadedModel:
             parts.append(dict(self._run(part)))
         if not parts:
             raise ModelInputError("inputs have no samples")
-        return {
-            name: np.concatenate([np.atleast_1d(part[name]) for part in parts])[:total] for name in parts[0]
-        }
+        axes = {spec.name: spec.batch_axis for spec in self.outputs}
+        return {name: _joined(name, parts, axes.get(name, 0), size, total) for name in parts[0]}
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Array], Kind]:
         names = [spec.name for spec in self.inputs]
@@ -113,6 +112,18 @@ class LoadedModel:
             )  # fmt: skip
         kind = kind_of(next(iter(given.values()), None))
         return {name: as_array(given[name]) for name in names}, kind
+
+
+def _joined(name: str, parts: list[dict[str, Array]], axis: int, size: int, total: int) -> Array:
+    arrays = [part[name] for part in parts]
+    if len(arrays) > 1 and any(one.ndim <= axis or one.shape[axis] != size for one in arrays):
+        raise ModelInputError(
+            f"the model takes {size} samples a call, and its output {name} of the shape "
+            f"{list(arrays[0].shape)} does not tell them apart; give it exactly {size}"
+        )
+    whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
+    filled_up = whole.ndim > axis and whole.shape[axis] == size * len(arrays) > total
+    return np.take(whole, range(total), axis) if filled_up else whole
 
 
 def fit(spec: TensorSpec, array: Array) -> Array:

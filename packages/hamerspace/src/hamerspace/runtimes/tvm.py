@@ -97,8 +97,8 @@ def open_runner(manifest: Manifest, folder: Path, options: RunOptions) -> Runner
         )
     if options.device != "cpu":
         raise ArtifactError(f"{path} was compiled for CPUs and cannot run on {options.device}")
-    check_native(manifest, folder, options)
     check_files(folder, {name: manifest.files[name]}, f"the manifest of {folder}")
+    check_native(manifest, folder, options)
     if lacking := lacking_features(str(manifest.options.get("cpu", ""))):
         raise ArtifactError(
             f"{path} was compiled for CPUs of the kind {manifest.options['cpu']}, and this one lacks "

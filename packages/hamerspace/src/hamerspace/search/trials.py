@@ -137,6 +137,7 @@ class Trials:
             self._basis = "samples of your data"
         else:
             self._inputs, self._basis = self._probes, "random inputs"
+        self._axes = {spec.name: spec.batch_axis for spec in info.outputs}
         # A model that takes any number of samples is timed on as many as its metrics say.
         free = {spec.name for spec in info.inputs if spec.shape and spec.batch is None}
         self._feeds = {
@@ -260,7 +261,7 @@ class Trials:
                 )
         outputs = reloaded if self._inputs is self._probes else worker.call("run", self._inputs)
         try:
-            trial.fidelity = compare(baseline.outputs, outputs, self._basis)
+            trial.fidelity = compare(baseline.outputs, outputs, self._basis, self._axes)
         except ValueError as error:
             raise BackendError(str(error)) from error
 
