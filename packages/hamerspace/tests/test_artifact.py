@@ -175,6 +175,18 @@ def test_files_that_were_put_beside_an_artifact_are_kept(tmp_path: Path) -> None
         save_artifact(folder, manifest, tmp_path / "plain")
 
 
+def test_weights_of_another_model_are_not_overwritten(tmp_path: Path) -> None:
+    folder, manifest = tmp_path / "made", made(tmp_path / "made")
+    (tmp_path / "small.bin").write_text("weights of another")
+    with pytest.raises(FileExistsError, match=r"small\.bin is there"):
+        save_artifact(folder, manifest, tmp_path / "small.xml")
+    assert (tmp_path / "small.bin").read_text() == "weights of another"
+    assert not (tmp_path / "small.xml").exists()
+    (tmp_path / "small.bin").unlink()
+    for _ in range(2):
+        save_artifact(folder, manifest, tmp_path / "small.xml")
+
+
 def test_a_manifest_has_to_name_the_files_of_the_model(tmp_path: Path) -> None:
     manifest = made(tmp_path)
     for files in ({}, {"other.bin": (1, "0" * 64)}):

@@ -105,6 +105,20 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     assert not _alive(pid)
 
 
+def test_what_a_process_puts_aside_goes_with_it(opened: Worker) -> None:
+    def put_aside(model: object) -> float:
+        import tempfile
+
+        Path(tempfile.mkdtemp()).joinpath("left").write_text("behind")
+        return 0.0
+
+    room = opened._room.path
+    call(opened, put_aside)
+    assert list(room.glob("*/left"))
+    opened.close()
+    assert not room.exists()
+
+
 def test_a_job_that_is_none_is_told(opened: Worker) -> None:
     with pytest.raises(JobError, match="dance"):
         opened.call("dance")

@@ -22,6 +22,7 @@ __all__ = ["BitModelsBackend"]
 _TERNARY = Candidate(
     backend="bitmodels",
     technique="ternary",
+    forms=(".pt2",),
     goal="quantize",
     description="linear layers with weights of -1, 0 and 1; far from the original without training after it",
     bits=2,

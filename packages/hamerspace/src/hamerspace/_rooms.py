@@ -20,6 +20,10 @@ class Room:
         return self.path
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Delete the folder now."""
         self._end()
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hamerspace._rooms import Room
 from hamerspace.artifact import (
@@ -49,56 +49,79 @@ def load(
         ArtifactError: it is damaged, was not saved by hamerspace, or by a newer version.
         ImportError: the runtime is not installed; the message says what installs it.
     """
-    where = Path(path)
     options = RunOptions(
         device="cuda" if device == "gpu" else device, threads=threads, allow_native=allow_native
     )
-    if not where.exists():
-        raise ModelNotFoundError(f"there is no model at {where}")
-    if where.is_dir():
-        return open_folder(where, options)
-    if is_archive(where):
+    saved = find(Path(path))
+    return saved.as_model(options)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model that hamerspace saved, found on disk, with its files checked."""
+
+    manifest: Manifest
+    folder: Path
+    owner: object = None
+    """What has to live as long as the files are read."""
+
+    def open(self, options: RunOptions) -> Runner:
+        """Open it as a `Runner`."""
+        from hamerspace.backends import get_backend
+
+        try:
+            backend = get_backend(self.manifest.backend)
+        except ValueError as error:
+            raise BackendUnavailableError(
+                f"{self.folder / MANIFEST} was made by backend {self.manifest.backend!r}, which no installed "
+                "package offers"
+            ) from error
+        backend.require()
+        return backend.open(self.manifest, self.folder, options)
+
+    def as_model(self, options: RunOptions, owner: object = None) -> LoadedModel:
+        """Open it as one callable; ``owner`` lives as long as that does."""
+        runner = self.open(options)
+        kept = (runner, self.owner, owner)
+        return LoadedModel(runner.run, runner.inputs, runner.outputs, self.manifest.structure, None, kept)
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a path is a model that hamerspace saved, whatever state its files are in."""
+    if path.is_dir():
+        return (path / MANIFEST).is_file()
+    return path.is_file() and (is_archive(path) or _sidecar(path).is_file())
+
+
+def find(path: Path) -> Saved:
+    """Find what hamerspace saved: a folder, an archive of one, or a file with its manifest beside it.
+
+    Raises:
+        ModelNotFoundError: there is no such file or folder.
+        ArtifactError: it is damaged, was not saved by hamerspace, or by a newer version.
+    """
+    if not path.exists():
+        raise ModelNotFoundError(f"there is no model at {path}")
+    if path.is_dir():
+        return Saved(read_manifest(path), path)
+    if is_archive(path):
         room = Room()
-        unpack(where, room.path)
-        return open_folder(room.path, options, owner=room)
-    if (damage := cut_archive(where)) is not None:
+        unpack(path, room.path)
+        return Saved(read_manifest(room.path), room.path, room)
+    if (damage := cut_archive(path)) is not None:
         raise ArtifactError(damage)
-    sidecar = where.with_name(where.name + SIDECAR)
+    sidecar = _sidecar(path)
     if not sidecar.is_file():
         raise ArtifactError(
-            f"{where} has no {sidecar.name} beside it, which says what the model takes; give a folder or "
+            f"{path} has no {sidecar.name} beside it, which says what the model takes; give a folder or "
             "file that hamerspace saved, with all files that were written"
         )
     manifest = manifest_from_dict(read_json(sidecar), str(sidecar))
-    if manifest.main != where.name:
-        raise ArtifactError(f"{sidecar} is of {manifest.main!r}, not of {where.name!r}: files were renamed")
-    check_files(where.parent, manifest.files, str(sidecar))
-    return _as_model(_open(manifest, where.parent, options), manifest, None)
+    if manifest.main != path.name:
+        raise ArtifactError(f"{sidecar} is of {manifest.main!r}, not of {path.name!r}: files were renamed")
+    check_files(path.parent, manifest.files, str(sidecar))
+    return Saved(manifest, path.parent)
 
 
-def open_folder(folder: Path, options: RunOptions, owner: Any = None) -> LoadedModel:
-    """Open an artifact's folder as one callable; ``owner`` lives as long as that does."""
-    manifest = read_manifest(folder)
-    return _as_model(_open(manifest, folder, options), manifest, owner)
-
-
-def open_runner(folder: Path, options: RunOptions) -> Runner:
-    """Open an artifact's folder as a `Runner`."""
-    return _open(read_manifest(folder), folder, options)
-
-
-def _open(manifest: Manifest, folder: Path, options: RunOptions) -> Runner:
-    from hamerspace.backends import get_backend
-
-    try:
-        backend = get_backend(manifest.backend)
-    except ValueError as error:
-        raise BackendUnavailableError(
-            f"{folder / MANIFEST} was made by backend {manifest.backend!r}, which no installed package offers"
-        ) from error
-    backend.require()
-    return backend.open(manifest, folder, options)
-
-
-def _as_model(runner: Runner, manifest: Manifest, owner: Any) -> LoadedModel:
-    return LoadedModel(runner.run, runner.inputs, runner.outputs, manifest.structure, None, (runner, owner))
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + SIDECAR)

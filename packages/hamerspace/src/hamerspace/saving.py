@@ -14,6 +14,8 @@ from hamerspace.artifact import (
     archive,
     copy_files,
     list_files,
+    manifest_from_dict,
+    read_json,
     read_manifest,
     replacing,
     write_json,
@@ -31,7 +33,8 @@ def save_artifact(folder: Path, manifest: Manifest, path: Path) -> Path:
 
     Raises:
         UnsupportedError: the artifact cannot have this form; the message lists those that it can have.
-        FileExistsError: ``path`` is a folder that hamerspace did not write.
+        FileExistsError: ``path`` is a folder that hamerspace did not write, or a file that has to lie beside
+            it, such as the weights of ``.xml``, would overwrite another.
     """
     ending = path.suffix.lower()
     if not ending or path.is_dir():
@@ -49,6 +52,11 @@ def save_artifact(folder: Path, manifest: Manifest, path: Path) -> Path:
     targets = [
         path.with_name(path.stem + Path(name).suffix) if place else path for place, name in enumerate(names)
     ]
+    sidecar = path.with_name(path.name + SIDECAR)
+    ours = manifest_from_dict(read_json(sidecar), str(sidecar)) if sidecar.is_file() else None
+    for beside in targets[1:]:
+        if beside.exists() and (ours is None or beside.name not in ours.files):
+            raise FileExistsError(f"{beside} is there, and {path.name} needs this name; give another one")
     copy_files(folder, names, targets)
     files: Mapping[str, tuple[int, str]] = {
         target.name: manifest.files[name] for name, target in zip(names, targets, strict=True)
@@ -56,7 +64,7 @@ def save_artifact(folder: Path, manifest: Manifest, path: Path) -> Path:
     alone = replace(
         manifest, main=path.name, files=files, forms={ending: tuple(target.name for target in targets)}
     )
-    write_json(path.with_name(path.name + SIDECAR), alone.to_dict())
+    write_json(sidecar, alone.to_dict())
     return path
 
 

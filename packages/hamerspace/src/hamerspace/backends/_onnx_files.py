@@ -33,7 +33,7 @@ def finish(context: BuildContext, model: Any, *, level: Level = "all", notes: It
         runtime="onnxruntime",
         main=MAIN,
         options={"level": level},
-        forms={".onnx": (MAIN,)} if alone else {},
+        alone=(MAIN,) if alone else (),
         run=_in_memory(model, context, level) if alone else None,
         inputs=inputs if inputs != context.info.inputs else None,
         notes=tuple(notes),

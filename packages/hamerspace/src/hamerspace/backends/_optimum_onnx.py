@@ -39,7 +39,7 @@ def build(context: BuildContext) -> Built:
         found = model(**{name: feeds[name] for name in model.input_names})
         return {spec.name: np.asarray(found[spec.name]) for spec in info.outputs} or dict(found)
 
-    return Built(runtime="onnxruntime", main=_MAIN, forms={".onnx": (_MAIN,)}, run=run)
+    return Built(runtime="onnxruntime", main=_MAIN, alone=(_MAIN,), run=run)
 
 
 def _open(runtime: Any, folder: Path, threads: int) -> Any:

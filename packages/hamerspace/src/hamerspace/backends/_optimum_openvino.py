@@ -59,7 +59,7 @@ def build(context: BuildContext) -> Built:
         runtime="openvino",
         main=_MAIN,
         options={"precision": precision, "hint": "LATENCY"},
-        forms={".xml": (_MAIN, "openvino_model.bin")},
+        alone=(_MAIN, "openvino_model.bin"),
         run=run,
         inputs=inputs_of(model.model, info.inputs),
     )

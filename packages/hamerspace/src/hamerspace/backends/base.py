@@ -54,6 +54,8 @@ class Candidate:
     goal: Goal
     description: str
     """A sentence for people."""
+    forms: tuple[str, ...] = ()
+    """Endings under which the artifact can stand alone, beside a folder and ``.pt``."""
     needs_calibration: bool = False
     bits: int | None = None
     """Of the stored weights, where they are fewer than 32."""
@@ -173,8 +175,10 @@ class Built:
     runtime: str
     main: str
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    forms: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
-    """Endings under which the model can stand alone, with the files, the main one first."""
+    alone: tuple[str, ...] = ()
+    """The files that stand alone under the endings of `Candidate.forms`, the main one first; none where the
+    model needs its folder.
+    """
     run: Callable[[Feeds], Mapping[str, Array]] | None = None
     """The model as it was before it was saved; what reloads is compared with it."""
     inputs: tuple[TensorSpec, ...] | None = None
@@ -368,10 +372,10 @@ class Artifact:
 
     def load(self, device: str = "cpu", threads: int | None = None) -> Any:
         """Open it as one callable, as `hamerspace.load` does."""
-        from hamerspace.loading import open_folder
+        from hamerspace.loading import find
 
         options = RunOptions(device="cuda" if device == "gpu" else device, threads=threads, allow_native=True)
-        return open_folder(self.folder, options, owner=self)
+        return find(self.folder).as_model(options, owner=self)
 
     def save(self, path: str | Path) -> Path:
         """Save it under a name whose ending chooses the form; see `hamerspace.saving.save_artifact`."""
@@ -398,7 +402,7 @@ def build_artifact(backend: BaseBackend, context: BuildContext) -> tuple[Manifes
         outputs=outputs,
         structure=info.structure,
         options=dict(built.options),
-        forms=dict(built.forms),
+        forms={ending: built.alone for ending in context.candidate.forms if built.alone},
         versions=backend.versions(),
         files=files,
         seal=seal_of(files[built.main][1]) if built.runtime in NATIVE else None,

@@ -36,6 +36,7 @@ _CANDIDATES: Final = (
     Candidate(
         backend="bitsandbytes",
         technique="int8",
+        forms=(".pt2",),
         goal="quantize",
         description="int8 linear layers, activations quantised by row as they come; int8 embeddings",
         bits=8,
@@ -43,6 +44,7 @@ _CANDIDATES: Final = (
     Candidate(
         backend="bitsandbytes",
         technique="nf4",
+        forms=(".pt2",),
         goal="quantize",
         description="linear layers in 4-bit NormalFloat with quantised scales; int8 embeddings",
         bits=4,

@@ -51,7 +51,7 @@ def save_module(
         runtime="torch_export",
         main=_MAIN,
         options={"device": context.device, **options},
-        forms={".pt2": (_MAIN,)},
+        alone=(_MAIN,),
         run=PositionalRunner(wrapped, made.inputs, context.info.outputs, context.device).run,
         inputs=made.inputs,
         notes=(*notes, *made.notes),

@@ -39,6 +39,7 @@ class ONNXBackend(BaseBackend):
             Candidate(
                 backend=self.name,
                 technique="fp16-weight",
+                forms=(".onnx",),
                 goal="quantize",
                 description="weights stored in float16, calculation in float32",
                 bits=16,
@@ -47,6 +48,7 @@ class ONNXBackend(BaseBackend):
             Candidate(
                 backend=self.name,
                 technique="fp16",
+                forms=(".onnx",),
                 goal="quantize",
                 description="weights and calculation in float16",
                 bits=16,
@@ -56,6 +58,7 @@ class ONNXBackend(BaseBackend):
             Candidate(
                 backend=self.name,
                 technique="graph",
+                forms=(".onnx",),
                 goal="graph",
                 description="constants folded, shapes inferred, what is superfluous taken out",
                 expected_speed=2.0,
@@ -63,6 +66,7 @@ class ONNXBackend(BaseBackend):
             Candidate(
                 backend=self.name,
                 technique="fp32",
+                forms=(".onnx",),
                 goal="graph",
                 description="as it is, without records that no runtime needs"
                 if model_info.framework == "onnx"

@@ -41,6 +41,7 @@ class ONNXRuntimeBackend(BaseBackend):
             Candidate(
                 backend=self.name,
                 technique="int8-static",
+                forms=(".onnx",),
                 goal="quantize",
                 description="weights in int8 by channel, activations in uint8 with ranges from calibration",
                 needs_calibration=True,
@@ -52,6 +53,7 @@ class ONNXRuntimeBackend(BaseBackend):
             Candidate(
                 backend=self.name,
                 technique="int8-dynamic",
+                forms=(".onnx",),
                 goal="quantize",
                 description="weights in int8 by channel, embeddings by row, activations as they come",
                 bits=8,
@@ -62,6 +64,7 @@ class ONNXRuntimeBackend(BaseBackend):
             Candidate(
                 backend=self.name,
                 technique="int8-weight",
+                forms=(".onnx",),
                 goal="quantize",
                 description="weights of matrix products in 8 bits by blocks, embeddings by row",
                 bits=8,
@@ -72,6 +75,7 @@ class ONNXRuntimeBackend(BaseBackend):
             Candidate(
                 backend=self.name,
                 technique="int4-weight",
+                forms=(".onnx",),
                 goal="quantize",
                 description="weights of matrix products in 4 bits by blocks, embeddings in 8 by row",
                 bits=4,
@@ -82,6 +86,7 @@ class ONNXRuntimeBackend(BaseBackend):
             Candidate(
                 backend=self.name,
                 technique="graph",
+                forms=(".onnx",),
                 goal="graph",
                 description="operators fused, the graph optimised for this processor and saved so",
                 expected_speed=2.2,

@@ -14,7 +14,7 @@ from hamerspace.models.info import ModelInfo
 from hamerspace.runtimes.base import Runner, RunOptions
 
 _MAIN: Final = "model.xml"
-_FORMS: Final = {".xml": (_MAIN, "model.bin")}
+_ALONE: Final = (_MAIN, "model.bin")
 _CPU: Final = ("cpu", "edge", "arm")
 
 
@@ -67,7 +67,7 @@ class OpenVINOBackend(BaseBackend):
                 context.folder / _MAIN,
                 compress_to_fp16=bool(candidate.options.get("half_weights", False)),
             )
-        return Built(runtime="openvino", main=_MAIN, options=told, forms=_FORMS, run=run, inputs=inputs)
+        return Built(runtime="openvino", main=_MAIN, options=told, alone=_ALONE, run=run, inputs=inputs)
 
     def open(self, manifest: Manifest, folder: Path, options: RunOptions) -> Runner:
         """Open what `build` made."""
@@ -147,6 +147,7 @@ _CANDIDATES: Final = (
     Candidate(
         backend="openvino",
         technique="int8-static",
+        forms=(".xml",),
         goal="quantize",
         description="int8 weights, embeddings and activations, by NNCF on calibration data",
         needs_calibration=True,
@@ -157,6 +158,7 @@ _CANDIDATES: Final = (
     Candidate(
         backend="openvino",
         technique="int8-accuracy",
+        forms=(".xml",),
         goal="quantize",
         description="int8-static, with operations put back until the accuracy holds",
         needs_calibration=True,
@@ -167,6 +169,7 @@ _CANDIDATES: Final = (
     Candidate(
         backend="openvino",
         technique="int8-weight",
+        forms=(".xml",),
         goal="quantize",
         description="int8 weights and embeddings; activations in bfloat16 where the CPU has it",
         bits=8,
@@ -176,6 +179,7 @@ _CANDIDATES: Final = (
     Candidate(
         backend="openvino",
         technique="int4-weight",
+        forms=(".xml",),
         goal="quantize",
         description="int4 matrices in groups, int8 embeddings; activations in bfloat16 where the CPU has it",
         bits=4,
@@ -185,6 +189,7 @@ _CANDIDATES: Final = (
     Candidate(
         backend="openvino",
         technique="bf16",
+        forms=(".xml",),
         goal="quantize",
         description="inference in bfloat16, weights stored as float16",
         bits=16,
@@ -195,6 +200,7 @@ _CANDIDATES: Final = (
     Candidate(
         backend="openvino",
         technique="fp16-weights",
+        forms=(".xml",),
         goal="quantize",
         description="weights stored as float16, inference in float32",
         bits=16,
@@ -205,6 +211,7 @@ _CANDIDATES: Final = (
     Candidate(
         backend="openvino",
         technique="fp32",
+        forms=(".xml",),
         goal="graph",
         description="converted and fused, in float32",
         expected_speed=2.4,

@@ -105,6 +105,7 @@ _CANDIDATES: Final = {
         Candidate(
             backend="optimum",
             technique="ov-int8-static",
+            forms=(".xml",),
             goal="quantize",
             description="OVQuantizer: int8 weights and activations on calibration data",
             needs_calibration=True,
@@ -115,6 +116,7 @@ _CANDIDATES: Final = {
         Candidate(
             backend="optimum",
             technique="ov-int8-weight",
+            forms=(".xml",),
             goal="quantize",
             description="OVQuantizer: int8 weights; activations in bfloat16 where the CPU has it",
             bits=8,
@@ -124,6 +126,7 @@ _CANDIDATES: Final = {
         Candidate(
             backend="optimum",
             technique="ov-int4-weight",
+            forms=(".xml",),
             goal="quantize",
             description="OVQuantizer: int4 matrices, int8 embeddings; activations as in ov-int8-weight",
             bits=4,
@@ -133,6 +136,7 @@ _CANDIDATES: Final = {
         Candidate(
             backend="optimum",
             technique="ov-fp32",
+            forms=(".xml",),
             goal="graph",
             description="exported to OpenVINO in float32",
             expected_speed=2.4,
@@ -142,6 +146,7 @@ _CANDIDATES: Final = {
         Candidate(
             backend="optimum",
             technique="ort-int8-dynamic",
+            forms=(".onnx",),
             goal="quantize",
             description="ORTQuantizer: int8 weights a channel, activations quantised as they come",
             bits=8,
@@ -150,6 +155,7 @@ _CANDIDATES: Final = {
         Candidate(
             backend="optimum",
             technique="ort-graph",
+            forms=(".onnx",),
             goal="graph",
             description="ORTOptimizer: attention, normalisation and activations fused, in float32",
             expected_speed=2.2,
@@ -157,6 +163,7 @@ _CANDIDATES: Final = {
         Candidate(
             backend="optimum",
             technique="ort-fp32",
+            forms=(".onnx",),
             goal="graph",
             description="exported to ONNX in float32",
             expected_speed=1.9,

@@ -55,6 +55,7 @@ _TECHNIQUES: Final[tuple[tuple[Candidate, tuple[str, ...], tuple[str, ...]], ...
         Candidate(
             backend="pytorch",
             technique="int8-static-compiled",
+            forms=(".pt2",),
             goal="quantize",
             description="int8 weights and activations, calibrated by PT2E and compiled by AOTInductor",
             needs_calibration=True,
@@ -69,6 +70,7 @@ _TECHNIQUES: Final[tuple[tuple[Candidate, tuple[str, ...], tuple[str, ...]], ...
         Candidate(
             backend="pytorch",
             technique="int8-static",
+            forms=(".pt",),
             goal="quantize",
             description="int8 weights and activations, calibrated by FX of torch.ao, as TorchScript",
             needs_calibration=True,
@@ -82,6 +84,7 @@ _TECHNIQUES: Final[tuple[tuple[Candidate, tuple[str, ...], tuple[str, ...]], ...
         Candidate(
             backend="pytorch",
             technique="int8-dynamic",
+            forms=(".pt",),
             goal="quantize",
             description="int8 weights, and activations quantised as they come; embeddings in int8 too",
             bits=8,
@@ -94,6 +97,7 @@ _TECHNIQUES: Final[tuple[tuple[Candidate, tuple[str, ...], tuple[str, ...]], ...
         Candidate(
             backend="pytorch",
             technique="int8-dynamic-compiled",
+            forms=(".pt2",),
             goal="quantize",
             description="int8 linear layers by PT2E, activations as they come, compiled by AOTInductor",
             bits=8,
@@ -107,6 +111,7 @@ _TECHNIQUES: Final[tuple[tuple[Candidate, tuple[str, ...], tuple[str, ...]], ...
         Candidate(
             backend="pytorch",
             technique="int8-weight",
+            forms=(".pt2",),
             goal="quantize",
             description="int8 weights of linear layers and embeddings by torchao; activations stay float",
             bits=8,
@@ -118,6 +123,7 @@ _TECHNIQUES: Final[tuple[tuple[Candidate, tuple[str, ...], tuple[str, ...]], ...
         Candidate(
             backend="pytorch",
             technique="int4-weight",
+            forms=(".pt2",),
             goal="quantize",
             description="int4 weights of linear layers in groups of 32, int8 embeddings, by torchao",
             bits=4,
@@ -129,6 +135,7 @@ _TECHNIQUES: Final[tuple[tuple[Candidate, tuple[str, ...], tuple[str, ...]], ...
         Candidate(
             backend="pytorch",
             technique="compiled",
+            forms=(".pt2",),
             goal="graph",
             description="compiled ahead of time by AOTInductor, float32",
             expected_speed=2.2,
@@ -140,6 +147,7 @@ _TECHNIQUES: Final[tuple[tuple[Candidate, tuple[str, ...], tuple[str, ...]], ...
         Candidate(
             backend="pytorch",
             technique="torchscript",
+            forms=(".pt",),
             goal="graph",
             description="TorchScript, frozen: weights become constants and batch norms are folded",
             expected_speed=1.2,
@@ -151,6 +159,7 @@ _TECHNIQUES: Final[tuple[tuple[Candidate, tuple[str, ...], tuple[str, ...]], ...
         Candidate(
             backend="pytorch",
             technique="export",
+            forms=(".pt2",),
             goal="graph",
             description="a torch.export archive, which runs without the model's own code, float32",
         ),
@@ -161,6 +170,7 @@ _TECHNIQUES: Final[tuple[tuple[Candidate, tuple[str, ...], tuple[str, ...]], ...
         Candidate(
             backend="pytorch",
             technique="l1-50",
+            forms=(".pt2",),
             goal="prune",
             description="the smaller half of each layer's weights becomes zero; neither smaller nor faster",
             options={"amount": 0.5},
@@ -236,7 +246,7 @@ def _as_exported(context: BuildContext, module: Any, *notes: str, operators: tup
         runtime="torch_export",
         main=EXPORTED,
         options={"operators": list(operators)},
-        forms={".pt2": (EXPORTED,)},
+        alone=(EXPORTED,),
         run=_runner(module, made, context).run,
         inputs=made.inputs,
         notes=(*notes, *made.notes),
@@ -248,7 +258,7 @@ def _as_torchscript(context: BuildContext, module: Any, made: Converted, *notes:
     return Built(
         runtime="torchscript",
         main=SCRIPT,
-        forms={".pt": (SCRIPT,)},
+        alone=(SCRIPT,),
         run=_runner(module, made, context).run,
         inputs=made.inputs,
         notes=(*notes, *made.notes),
@@ -262,7 +272,7 @@ def _as_compiled(context: BuildContext, module: Any, made: Converted, *notes: st
         runtime="aot_inductor",
         main=EXPORTED,
         options={"device": context.device},
-        forms={".pt2": (EXPORTED,)},
+        alone=(EXPORTED,),
         run=_runner(module, made, context).run,
         inputs=made.inputs,
         notes=(*notes, *made.notes, "native code for this kind of processor, which runs when it is opened"),

@@ -8,8 +8,9 @@ from enum import StrEnum
 from functools import cache
 from typing import Final
 
-from hamerspace.backends.base import BaseBackend
-from hamerspace.exceptions import BackendUnavailableError, ConstraintError
+from hamerspace.backends.base import BaseBackend, Candidate, Verdict
+from hamerspace.exceptions import BackendUnavailableError, ConstraintError, first_line
+from hamerspace.models.info import ModelInfo
 
 GROUP: Final = "hamerspace.backends"
 
@@ -67,11 +68,32 @@ def get_backend(name: str | Backend) -> BaseBackend:
         raise ConstraintError(f"there is no backend {key!r}; there are {', '.join(backend_names())}")
     try:
         found = point.load()
+        if not (isinstance(found, type) and issubclass(found, BaseBackend)):
+            raise TypeError(f"{point.value} is no BaseBackend")
+        return found()
     except Exception as error:
-        raise BackendUnavailableError(f"backend {key} cannot be loaded: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, BaseBackend)):
-        raise BackendUnavailableError(f"backend {key} is {point.value}, which is no BaseBackend")
-    return found()
+        raise BackendUnavailableError(f"backend {key} cannot be loaded: {first_line(error)}") from error
+
+
+def availability(name: str) -> Verdict:
+    """Whether a backend can be used here, and why not; one of another package that fails cannot."""
+    try:
+        return get_backend(name).is_available()
+    except Exception as error:  # noqa: BLE001 - what other packages do wrong concerns them alone
+        return Verdict(False, first_line(error))
+
+
+def offers(name: str, model_info: ModelInfo, hardware: str = "cpu") -> tuple[list[Candidate], str]:
+    """Return what a backend can try on a model; where that is nothing, the reason comes with it."""
+    verdict = availability(name)
+    try:
+        backend = get_backend(name) if verdict else None
+        if backend is None or not (verdict := backend.supports_model(model_info)):
+            return [], verdict.reason
+        found = backend.candidates(model_info, hardware=hardware)
+        return found, "" if found else f"it has nothing for {hardware}"
+    except Exception as error:  # noqa: BLE001 - see above
+        return [], f"backend {name} fails: {type(error).__name__}: {first_line(error)}"
 
 
 def backend_class(name: str, module: str) -> type[BaseBackend]:

@@ -18,6 +18,7 @@ _TFLITE: Final = (
     Candidate(
         backend="tensorflow",
         technique="int8-static",
+        forms=(".tflite",),
         goal="quantize",
         description="TFLite, int8 weights and activations, calibrated; inputs and outputs keep their dtypes",
         needs_calibration=True,
@@ -27,6 +28,7 @@ _TFLITE: Final = (
     Candidate(
         backend="tensorflow",
         technique="int8-dynamic",
+        forms=(".tflite",),
         goal="quantize",
         description="TFLite, int8 weights, and activations quantised as they come",
         bits=8,
@@ -35,6 +37,7 @@ _TFLITE: Final = (
     Candidate(
         backend="tensorflow",
         technique="fp16",
+        forms=(".tflite",),
         goal="quantize",
         description="TFLite, weights stored in float16 and computed with in float32",
         bits=16,
@@ -43,6 +46,7 @@ _TFLITE: Final = (
     Candidate(
         backend="tensorflow",
         technique="fp32",
+        forms=(".tflite",),
         goal="graph",
         description="TFLite, float32: operations fused, run by XNNPACK",
         expected_speed=1.3,
@@ -58,6 +62,7 @@ _SAVED_MODEL: Final = Candidate(
 _PRUNED: Final = Candidate(
     backend="tensorflow",
     technique="magnitude-50",
+    forms=(".keras",),
     goal="prune",
     description="the smaller half of each layer's kernel becomes zero; a smaller file, and no faster",
     options={"amount": 0.5},
@@ -133,7 +138,7 @@ def _build_tflite(context: BuildContext) -> Built:
     content, notes = convert(exported, technique, context.calibration or ())
     (context.folder / TFLITE).write_bytes(content)
     runner = TFLiteRunner(content, info.inputs, info.outputs, RunOptions(threads=context.threads))
-    return Built(runtime="tflite", main=TFLITE, forms={".tflite": (TFLITE,)}, run=runner.run, notes=notes)
+    return Built(runtime="tflite", main=TFLITE, alone=(TFLITE,), run=runner.run, notes=notes)
 
 
 def _build_saved_model(context: BuildContext) -> Built:
@@ -161,9 +166,7 @@ def _build_pruned(context: BuildContext) -> Built:
     model, note = pruned_copy(context.source.load(), context.candidate.options["amount"])
     save_compressed(model, context.folder / KERAS)
     traced = trace_model(model, info.inputs, info.outputs, info.structure)
-    return Built(
-        runtime="keras", main=KERAS, forms={".keras": (KERAS,)}, run=_runner(traced, context), notes=(note,)
-    )
+    return Built(runtime="keras", main=KERAS, alone=(KERAS,), run=_runner(traced, context), notes=(note,))
 
 
 def _runner(traced: Any, context: BuildContext) -> Any:

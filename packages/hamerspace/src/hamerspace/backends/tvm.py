@@ -77,6 +77,7 @@ class TVMBackend(BaseBackend):
             Candidate(
                 backend=self.name,
                 technique="tuned",
+                forms=(".so",),
                 goal="graph",
                 description="kernels of float32 for this CPU and these shapes, tuned by MetaSchedule",
                 expected_speed=1.5,
@@ -116,7 +117,7 @@ class TVMBackend(BaseBackend):
             runtime="tvm",
             main=LIBRARY,
             options={"order": list(lowered.order), "cpu": lowered.target["mcpu"]},
-            forms={".so": (LIBRARY,)},
+            alone=(LIBRARY,),
             run=in_memory.run,
             inputs=lowered.inputs,
             notes=(

@@ -7,15 +7,20 @@ work failed, 2 that the command was misused.
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from hamerspace import __version__
+
+if TYPE_CHECKING:
+    from hamerspace.artifact import Manifest
+    from hamerspace.models.info import TensorSpec
 
 # As Any, because click's generics leave the types of the two partly unknown.
 option: Any = cast("Any", typer).Option
@@ -35,6 +40,10 @@ _Shape = Annotated[
     option(
         "--shape", help="an input's shape, as 1,3,224,224 or name=1,64; 'n' for any length; once an input"
     ),
+]
+_Native = Annotated[
+    bool,
+    option("--allow-native", help="open a compiled model from elsewhere, which can do anything"),
 ]
 _Json = Annotated[bool, option("--json", help="print JSON on standard output")]
 _Pickle = Annotated[bool, option("--allow-pickle", help="read a pickled module, which can execute anything")]
@@ -67,7 +76,7 @@ def _told() -> Generator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
+        typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None
     except (HamerspaceError, ValueError, OSError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
@@ -150,10 +159,13 @@ def optimize(
     """Find the best form of MODEL that meets the constraints, and save it."""
     from hamerspace import Constraints
     from hamerspace.core.report import check_ending
+    from hamerspace.saving import check_free
 
     with _told():
         if report is not None:
             check_ending(report)
+        if output.is_dir() or not output.suffix:
+            check_free(output)
         constraints = Constraints(
             target_size_mb=max_size,
             max_latency_ms=max_latency,
@@ -171,6 +183,7 @@ def optimize(
             time_limit_s=time_limit,
             memory_limit_mb=memory_limit,
             threads=threads,
+            form=None if output.is_dir() else output.suffix or None,
         )
         result.save_model(output)
         _optionally(report, result.save_report)
@@ -190,17 +203,18 @@ def _optionally(path: Path | None, save: Callable[[Path], object]) -> None:
 
 def _read_data(path: Path) -> dict[str, Any]:
     import zipfile
+    import zlib
 
     import numpy as np
 
     from hamerspace.exceptions import ModelInputError
 
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
             if isinstance(found, np.ndarray):
                 raise ModelInputError(f"{path} is one array; numpy.savez(path, input=array) names it")
             arrays: dict[str, Any] = dict(found)
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise ModelInputError(f"{path} cannot be read as .npz: {error}") from error
     # Other zip archives are taken for one of arrays until something in them is looked at.
     if not arrays or not all(isinstance(one, np.ndarray) for one in arrays.values()):
@@ -210,22 +224,23 @@ def _read_data(path: Path) -> dict[str, Any]:
 
 @app.command()
 def benchmark(
-    model: Annotated[Path, argument(help="a model, or a folder that hamerspace saved")],
+    model: Annotated[Path, argument(help="a model, or what hamerspace saved")],
     shape: _Shape = None,
     hardware: Annotated[str, option(help="cpu, gpu, cuda, edge or arm")] = "cpu",
     runs: Annotated[int, option(help="calls to time")] = 100,
     batch_size: Annotated[int, option(help="samples a call")] = 1,
     threads: Annotated[int, option(help="of the runtime")] = 1,
     allow_pickle: _Pickle = False,
+    allow_native: _Native = False,
     as_json: _Json = False,
 ) -> None:
     """Measure MODEL as it is: size, latency, throughput and memory, in a fresh process."""
-    from hamerspace.artifact import MANIFEST
+    from hamerspace.loading import is_saved
     from hamerspace.measure import Benchmarker
 
     with _told():
-        if (model / MANIFEST).is_file():
-            found = Benchmarker(threads=threads).benchmark_model(
+        if is_saved(model):
+            found = Benchmarker(threads=threads, allow_native=allow_native).benchmark_model(
                 model, None, hardware, _shapes(shape), batch_size, runs
             )
         else:
@@ -251,49 +266,59 @@ def inspect(
     model: _Model, shape: _Shape = None, allow_pickle: _Pickle = False, as_json: _Json = False
 ) -> None:
     """Say what MODEL is, what it takes and gives, and what could be tried on it."""
-    from hamerspace import backend_names, get_backend
-    from hamerspace.exceptions import BackendError
+    from hamerspace import backend_names
+    from hamerspace.backends.registry import offers
+    from hamerspace.loading import find, is_saved
 
     with _told():
+        if is_saved(model):
+            _inspect_saved(model, find(model).manifest, as_json)
+            return
         info = _open(model, shape, allow_pickle=allow_pickle).model_info
-        offers: dict[str, list[str] | str] = {}
-        for name in backend_names():
-            try:
-                backend = get_backend(name)
-            except BackendError as error:
-                offers[name] = str(error)
-                continue
-            verdict = backend.is_available() and backend.supports_model(info)
-            offers[name] = [one.technique for one in backend.candidates(info)] if verdict else verdict.reason
+        found = {name: offers(name, info) for name in backend_names()}
+        offered = {name: [one.technique for one in of] or reason for name, (of, reason) in found.items()}
     if as_json:
-        _print_json({**info.to_dict(), "candidates": offers})
+        _print_json({**info.to_dict(), "candidates": offered})
         return
     typer.echo(
         f"{info.name}: {info.framework}, {info.form}, {info.parameters:,} parameters, {info.size_mb:.2f} MB"
     )
-    for title, specs in (("takes", info.inputs), ("gives", info.outputs)):
+    _print_signature(info.inputs, info.outputs)
+    for name, techniques in offered.items():
+        typer.echo(f"  {name}: {', '.join(techniques) if isinstance(techniques, list) else techniques}")
+
+
+def _inspect_saved(path: Path, manifest: Manifest, as_json: bool) -> None:
+    if as_json:
+        _print_json({**manifest.to_dict(), "size_bytes": manifest.size_bytes})
+        return
+    forms = ", ".join(sorted({*manifest.forms, ".pt"}))
+    typer.echo(
+        f"{path.name}: {manifest.backend}/{manifest.technique}, runs in {manifest.runtime}, "
+        f"{manifest.size_bytes / 2**20:.2f} MB; a folder or {forms}"
+    )
+    _print_signature(manifest.inputs, manifest.outputs)
+    typer.echo(f"  made with {', '.join(f'{name} {number}' for name, number in manifest.versions.items())}")
+
+
+def _print_signature(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    for title, specs in (("takes", inputs), ("gives", outputs)):
         for spec in specs:
             limit = f", below {spec.high}" if spec.high else ""
             typer.echo(f"  {title} {spec.name}: {spec.dtype} {list(spec.shape)}{limit}")
-    for name, offered in offers.items():
-        typer.echo(f"  {name}: {', '.join(offered) if isinstance(offered, list) else offered}")
 
 
 @app.command()
 def backends(as_json: _Json = False) -> None:
     """List the backends, which of them can be used here, and what installs the others."""
-    from hamerspace import backend_names, get_backend
-    from hamerspace.exceptions import BackendError
+    from hamerspace import Backend, backend_names, get_backend
+    from hamerspace.backends.registry import availability
 
     found: dict[str, dict[str, Any]] = {}
     for name in backend_names():
-        try:
-            backend = get_backend(name)
-        except BackendError as error:
-            found[name] = {"available": False, "reason": str(error), "extra": ""}
-            continue
-        verdict = backend.is_available()
-        found[name] = {"available": verdict.yes, "reason": verdict.reason, "extra": backend.extra}
+        verdict = availability(name)
+        extra = get_backend(name).extra if verdict or name in list(Backend) else ""
+        found[name] = {"available": verdict.yes, "reason": verdict.reason, "extra": extra}
     if as_json:
         _print_json(found)
         return
@@ -344,8 +369,14 @@ def report(
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command. A process that is asked to end clears up as one that is interrupted does."""
+    signal.signal(signal.SIGTERM, _end)
     app()
+
+
+def _end(number: int, frame: object) -> None:
+    del frame
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

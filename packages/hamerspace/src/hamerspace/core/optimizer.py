@@ -14,7 +14,7 @@ from hamerspace._checks import number, positive_integer
 from hamerspace._imports import version
 from hamerspace._rooms import Room
 from hamerspace.backends.base import Candidate
-from hamerspace.backends.registry import Backend, backend_names, get_backend
+from hamerspace.backends.registry import Backend, backend_names, get_backend, offers
 from hamerspace.core.config import OptimizationConfig, hash_of
 from hamerspace.core.constraints import MIN_COSINE, Constraints
 from hamerspace.core.goals import OptimizationGoal, goal_of
@@ -210,6 +210,7 @@ class Optimizer:
         threads: int = 1,
         min_cosine: float = MIN_COSINE,
         seed: int = 0,
+        form: str | None = None,
         progress: bool | None = None,
     ) -> OptimizationResult:
         """Find the best form of the model.
@@ -240,6 +241,8 @@ class Optimizer:
             threads: of each runtime.
             min_cosine: what counts as faithful where accuracy is not limited or cannot be measured.
             seed: of inputs that are drawn.
+            form: ending under which the result is to be saved, as ``.onnx``; only what can be is tried. Each
+                can be a folder or ``.pt``.
             progress: show it; by default where standard error is a terminal.
 
         Raises:
@@ -270,11 +273,12 @@ class Optimizer:
         min_cosine = number("min_cosine", min_cosine, lambda n: -1 <= n <= 1, "it lies between -1 and 1")
         seed = int(number("seed", seed, lambda n: n >= 0 and n % 1 == 0, "it is an integer, 0 or above"))
         preferred = _named(preferred_backends)
+        form = None if form is None else "." + form.lower().lstrip(".")
         info = batched(self.model_info, limits.batch_size)
         source = replace(self._source, info=info)
         hardware = hardware_of(limits.target_hardware)
         data, calibration = _data(validation_data, info, limits)
-        plan = _plan(info, wanted, preferred, techniques, hardware, calibration is not None)
+        plan = _plan(info, wanted, preferred, techniques, hardware, calibration is not None, form)
         return self._run(
             source,
             plan,
@@ -503,6 +507,7 @@ def _plan(
     techniques: Sequence[str] | None,
     hardware: str,
     calibrated: bool,
+    form: str | None,
 ) -> _Plan:
     candidates: list[Candidate] = []
     skipped: list[CandidateReport] = []
@@ -515,22 +520,18 @@ def _plan(
 
     techniques = [techniques] if isinstance(techniques, str) else techniques
     for name in preferred or backend_names():
-        try:
-            backend = get_backend(name)
-        except BackendError as error:
-            skip(name, "*", str(error))
-            continue
         if preferred:
-            backend.require()
-        if not (verdict := backend.is_available()) or not (verdict := backend.supports_model(info)):
-            skip(name, "*", verdict.reason)
-            continue
-        offered = backend.candidates(info, hardware=hardware)
+            get_backend(name).require()
+        offered, reason = offers(name, info, hardware)
+        if reason:
+            skip(name, "*", reason)
         known |= {one.technique for one in offered}
         for one in offered:
             if one.goal not in _GOALS[goal] or (techniques is not None and one.technique not in techniques):
                 continue
-            if one.needs_calibration and not calibrated:
+            if form is not None and form not in (".pt", *one.forms):
+                skip(name, one.technique, f"cannot be saved as {form}")
+            elif one.needs_calibration and not calibrated:
                 skip(name, one.technique, "needs calibration data; give validation_data")
             elif (one.time_limit_s or 0) > STEP_LIMIT_S and not preferred:
                 skip(

@@ -44,13 +44,10 @@ class OptimizationResult:
     @cached_property
     def optimized_model(self) -> LoadedModel:
         """The model as one callable; it takes and gives tensors of torch, TensorFlow or numpy."""
-        from hamerspace.loading import open_folder
+        from hamerspace.loading import find
 
-        return open_folder(
-            self.folder,
-            RunOptions(device=self.report.optimized_metrics.hardware, allow_native=True),
-            owner=self._owner,
-        )
+        options = RunOptions(device=self.report.optimized_metrics.hardware, allow_native=True)
+        return find(self.folder).as_model(options, owner=self._owner)
 
     @property
     def forms(self) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from hamerspace._checks import positive_integer
 from hamerspace._rooms import Room
-from hamerspace.artifact import MANIFEST, list_files
 from hamerspace.exceptions import ConstraintError
+from hamerspace.loading import find, is_saved
 from hamerspace.measure.comparison import metrics, one_round
 from hamerspace.measure.metrics import ModelMetrics
 from hamerspace.measure.statistics import Round
@@ -72,8 +72,7 @@ class Benchmarker:
         """Measure a model on random inputs.
 
         Args:
-            model: a model of torch or Keras, a path to a model of any framework, or a folder that hamerspace
-                saved.
+            model: a model of torch or Keras, a path to a model of any framework, or what hamerspace saved.
             model_info: what `Optimizer` found out; may be left out for a path, and for a module of torch with
                 ``input_shape``.
             target_hardware: ``cpu``, ``gpu`` (the same as ``cuda``), ``edge`` or ``arm``; the last two are
@@ -93,13 +92,13 @@ class Benchmarker:
         options = RunOptions(device=hardware, threads=self.threads, allow_native=self.allow_native)
         with Room() as folder, self._worker(folder, hardware) as worker:
             saved = Path(model) if isinstance(model, (str, Path)) else None
-            if saved is not None and (saved / MANIFEST).is_file():
-                from hamerspace.artifact import read_manifest
-
-                manifest = read_manifest(saved)
+            if saved is not None and is_saved(saved):
+                manifest = find(saved).manifest
+                # Whatever it was made from, its shapes are its own now.
                 info = ModelInfo(framework="onnx", name=saved.name, inputs=manifest.inputs)
+                info = batched(reshaped(info, input_shape), batch_size)
                 worker.call("open_artifact", str(saved), options, info)
-                size_bytes = sum(size for size, _ in list_files(saved).values())
+                size_bytes = manifest.size_bytes
             else:
                 source = self._source(model, model_info, input_shape)
                 info = batched(reshaped(source.info, input_shape), batch_size)

@@ -70,11 +70,11 @@ class Jobs:
         self._take(source.original(options), source.info)
         return source.info
 
-    def open_artifact(self, folder: str, options: RunOptions, info: ModelInfo) -> None:
-        """Open an artifact's folder."""
-        from hamerspace.loading import open_runner
+    def open_artifact(self, path: str, options: RunOptions, info: ModelInfo) -> None:
+        """Open what was saved."""
+        from hamerspace.loading import find
 
-        self._take(open_runner(Path(folder), options), info)
+        self._take(find(Path(path)).open(options), info)
 
     def _take(self, runner: Runner, info: ModelInfo) -> None:
         self._runner, self._model = runner, _loaded(runner, info, None)

@@ -8,12 +8,15 @@ all that it has started; and it ends with its caller however that ends (Linux).
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,6 +26,7 @@ from typing import Any, Final
 from av_memory.probes import ProcessTree
 
 from hamerspace._pickling import dumps
+from hamerspace._rooms import Room
 from hamerspace.exceptions import WorkerError
 
 _TICK_S: Final = 0.1
@@ -67,6 +71,8 @@ class Worker:
                 "this Python does not say where it lies (sys.executable), so no worker can start"
             )
         self._log = log
+        # What libraries put aside goes with the process, which may have no time to clear up.
+        self._room = Room()
         self._time_limit_s, self._memory_limit_mb = time_limit_s, memory_limit_mb
         here, there = socket.socketpair()
         with there, log.open("ab") as output:
@@ -83,7 +89,7 @@ class Worker:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=[there.fileno()],
-                env=_environment(threads, device),
+                env=_environment(threads, device, self._room.path),
                 start_new_session=True,
             )
         self._connection: Connection[Any, Any] = Connection(here.detach())
@@ -166,6 +172,7 @@ class Worker:
                     os.kill(pid, signal.SIGKILL)
         self._process.wait()
         self._tree.close()
+        self._room.close()
 
     def __enter__(self) -> Worker:
         return self
@@ -176,7 +183,7 @@ class Worker:
         self.close()
 
 
-def _environment(threads: int, device: str) -> dict[str, str]:
+def _environment(threads: int, device: str, temporary: Path) -> dict[str, str]:
     names = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
     given = {
         **os.environ,
@@ -192,7 +199,19 @@ def _environment(threads: int, device: str) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
         "PYTHONWARNINGS": "ignore",
+        # torch keeps compiled kernels and headers under the temporary folder, and finds them again there.
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(_inductor_folder()),
+        "TMPDIR": str(temporary),
     }
     if device == "cpu":
         given["CUDA_VISIBLE_DEVICES"] = ""
     return given
+
+
+def _inductor_folder() -> Path:
+    """Where torch's inductor keeps what it compiled, by its own rule."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    return Path(tempfile.gettempdir()) / ("torchinductor_" + re.sub(r"[^\w.-]", "_", user))
