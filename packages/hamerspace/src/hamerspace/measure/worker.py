@@ -8,15 +8,12 @@ all that it has started; and it ends with its caller however that ends (Linux).
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import pickle
-import re
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -199,19 +196,8 @@ def _environment(threads: int, device: str, temporary: Path) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
         "PYTHONWARNINGS": "ignore",
-        # torch keeps compiled kernels and headers under the temporary folder, and finds them again there.
-        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(_inductor_folder()),
         "TMPDIR": str(temporary),
     }
     if device == "cpu":
         given["CUDA_VISIBLE_DEVICES"] = ""
     return given
-
-
-def _inductor_folder() -> Path:
-    """Where torch's inductor keeps what it compiled, by its own rule."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = str(os.getuid())
-    return Path(tempfile.gettempdir()) / ("torchinductor_" + re.sub(r"[^\w.-]", "_", user))
