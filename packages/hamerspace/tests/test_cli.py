@@ -96,6 +96,21 @@ def test_the_ending_of_the_output_chooses_what_is_tried(model: Path, tmp_path: P
     assert "thesis.txt" in err
 
 
+def test_throughput_by_batch(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    batch = torch.export.Dim("batch")
+    network = torch.nn.Linear(16, 4)
+    torch.export.save(torch.export.export(network, (torch.randn(2, 16),), dynamic_shapes=({0: batch},)), path)
+    code, out, err = run(
+        "benchmark", path, "--runs", "5", "--batch-size", "1", "--batch-size", "64", "--json"
+    )
+    assert code == 0, err
+    one, many = json.loads(out)
+    assert (one["batch_size"], many["batch_size"]) == (1, 64)
+    assert many["throughput"] > 4 * one["throughput"]
+    assert "at 64 a call" in run("benchmark", path, "--runs", "5", "--batch-size", "64")[1]
+
+
 @pytest.mark.parametrize("name", ["folder", "whole.pt", "alone.onnx"])
 def test_what_was_saved_is_inspected_and_measured(model: Path, tmp_path: Path, name: str) -> None:
     made = hamerspace.get_backend("onnx_runtime").quantize(model, technique="int8-weight")

@@ -20,6 +20,7 @@ from hamerspace import __version__
 
 if TYPE_CHECKING:
     from hamerspace.artifact import Manifest
+    from hamerspace.measure import ModelMetrics
     from hamerspace.models.info import TensorSpec
 
 # As Any, because click's generics leave the types of the two partly unknown.
@@ -228,7 +229,9 @@ def benchmark(
     shape: _Shape = None,
     hardware: Annotated[str, option(help="cpu, gpu, cuda, edge or arm")] = "cpu",
     runs: Annotated[int, option(help="calls to time")] = 100,
-    batch_size: Annotated[int, option(help="samples a call")] = 1,
+    batch_size: Annotated[
+        list[int] | None, option(help="samples a call; may be repeated, to see what batches gain")
+    ] = None,
     threads: Annotated[int, option(help="of the runtime")] = 1,
     allow_pickle: _Pickle = False,
     allow_native: _Native = False,
@@ -238,26 +241,31 @@ def benchmark(
     from hamerspace.loading import is_saved
     from hamerspace.measure import Benchmarker
 
+    sizes = batch_size or [1]
     with _told():
         if is_saved(model):
-            found = Benchmarker(threads=threads, allow_native=allow_native).benchmark_model(
-                model, None, hardware, _shapes(shape), batch_size, runs
+            measured = Benchmarker(threads=threads, allow_native=allow_native).benchmark_batches(
+                model, None, hardware, _shapes(shape), sizes, runs
             )
         else:
             optimizer = _open(model, shape, allow_pickle=allow_pickle)
-            found = optimizer.benchmark(hardware, runs, batch_size, threads=threads)
+            measured = [optimizer.benchmark(hardware, runs, size, threads=threads) for size in sizes]
     if as_json:
-        _print_json(found.to_dict())
+        _print_json(measured[0].to_dict() if len(measured) == 1 else [one.to_dict() for one in measured])
         return
+    typer.echo("\n\n".join(_measured(one) for one in measured))
+    typer.echo(f"\n{measured[0].runs} calls on this machine's {measured[0].hardware}")
+
+
+def _measured(found: ModelMetrics) -> str:
     low, high = found.latency_interval_ms or (found.latency_ms, found.latency_ms)
-    typer.echo(
+    return (
         f"size        {found.size_mb:.2f} MB\n"
         f"latency     {found.latency_ms:.3g} ms median (within {low:.3g} and {high:.3g}), "
         f"{found.latency_p90_ms:.3g} ms 90%, {found.latency_p99_ms:.3g} ms 99%\n"
         f"CPU time    {found.cpu_ms:.3g} ms a call\n"
         f"throughput  {found.throughput:.4g} samples a second at {found.batch_size} a call\n"
-        f"memory      {found.memory_mb:.0f} MB at peak\n"
-        f"{found.runs} calls on this machine's {found.hardware}"
+        f"memory      {found.memory_mb:.0f} MB at peak"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,24 @@ class Benchmarker:
                 accuracy=None,
                 memory_mb=worker.call("peak_mb"),
             )
+
+    def benchmark_batches(
+        self,
+        model: Any,
+        model_info: ModelInfo | None = None,
+        target_hardware: str = "cpu",
+        input_shape: Any = None,
+        batch_sizes: Sequence[int] = (1, 8, 32),
+        num_runs: int = 100,
+    ) -> list[ModelMetrics]:
+        """Measure a model at several numbers of samples a call, which shows what batches gain in throughput.
+
+        Arguments and exceptions are those of `benchmark_model`.
+        """
+        return [
+            self.benchmark_model(model, model_info, target_hardware, input_shape, size, num_runs)
+            for size in batch_sizes
+        ]
 
     def _worker(self, folder: Path, hardware: str) -> Worker:
         return Worker(
