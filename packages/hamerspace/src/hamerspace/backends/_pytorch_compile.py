@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,38 @@ def compile_package(program: Any, path: Path, *, threads: int, work: Path) -> No
     torch = need("torch")
     if missing := why_no_compiler():
         raise BackendError(missing)
-    # Weights become part of the code, so that they are packed for int8 kernels when it is compiled.
-    options = {"freezing": True, "cpp.threads": threads}
+    # Weights become part of the code, so that they are packed when it is compiled, and matrix products are
+    # timed in inductor's own code beside oneDNN's, whose calls cost some 20 us each.
+    options = {
+        "freezing": True,
+        "max_autotune": True,
+        "max_autotune_gemm_backends": "CPP,ATEN",
+        "cpp.threads": threads,
+    }
     if hasattr(need("torch._inductor.config").aot_inductor, "enable_line_tables"):
         # For profilers, and often more bytes than the code itself.
         options["aot_inductor.enable_line_tables"] = False
     try:
-        with _cache_in(work), quiet(), torch.no_grad():
+        with _cache_in(work), quiet(), _no_choices_shown(), torch.no_grad():
             need("torch._inductor").aoti_compile_and_package(
                 program, package_path=str(path), inductor_configs=options
             )
     except Exception as error:
         raise BackendError(f"AOTInductor failed: {first_line(error)}") from error
+
+
+@contextmanager
+def _no_choices_shown() -> Generator[None, None, None]:
+    """Keep the times of kernels that were tried off the screen."""
+    config, chooser = need("torch._inductor.config"), need("torch._inductor.select_algorithm")
+    shown = getattr(chooser, "PRINT_AUTOTUNE", None)
+    chooser.PRINT_AUTOTUNE = False
+    try:
+        known = hasattr(config, "max_autotune_report_choices_stats")
+        with config.patch(max_autotune_report_choices_stats=False) if known else nullcontext():
+            yield
+    finally:
+        chooser.PRINT_AUTOTUNE = shown
 
 
 @contextmanager
