@@ -208,6 +208,24 @@ def test_compiled_int8_is_for_one_shape_and_keeps_its_word(build, kind, techniqu
         assert np.abs(given[name] - in_memory[name]).max() <= candidate.tolerance * scale
 
 
+def test_compiled_code_that_is_another_model_is_no_result():
+    from hamerspace.backends.pytorch import _check_drift
+
+    batches = [(torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)),) for seed in range(4)]
+    noise = torch.Generator().manual_seed(9)
+
+    def noisy(x, share):
+        return x + share * torch.randn(x.shape, generator=noise)
+
+    # Another quantisation of the same model, with noise of its own, goes; four times the noise does not.
+    _check_drift(lambda x: x, lambda x: noisy(x, 0.1), lambda x: noisy(x, 0.1), batches)
+    for wrong in (lambda x: noisy(x, 0.4), torch.zeros_like, lambda x: x.flip(1), lambda x: x * float("nan")):
+        with pytest.raises(BackendError, match="compiling changed the int8 model"):
+            _check_drift(lambda x: x, lambda x: noisy(x, 0.1), wrong, batches)
+    with pytest.raises(BackendError, match="compiling changed"):
+        _check_drift(lambda x: x, lambda x: x, lambda x: noisy(x, 0.01), batches)
+
+
 def test_an_archive_tells_nothing_of_where_it_was_made(build):
     folder, *_ = build(source_of("tokens"), "int8-weight")
     stored = (folder / "model.pt2").read_bytes()

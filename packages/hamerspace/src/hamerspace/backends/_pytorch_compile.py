@@ -22,7 +22,7 @@ def why_no_compiler() -> str | None:
     return None
 
 
-def compile_package(program: Any, path: Path, *, threads: int, work: Path) -> None:
+def compile_package(program: Any, path: Path, *, threads: int, work: Path, autotune: bool = True) -> None:
     """Compile an exported program and write it as a package.
 
     Args:
@@ -30,6 +30,8 @@ def compile_package(program: Any, path: Path, *, threads: int, work: Path) -> No
         path: ends in ``.pt2``.
         threads: of the code; inductor writes their number into it.
         work: a folder for the compiler's own files, such as precompiled headers, which later calls use again.
+        autotune: choose kernels of matrix products by timing them. It saves oneDNN's 20 us a call, but makes
+            wrong code of weights that are packed for int8, or crashes (torch 2.15).
 
     Raises:
         BackendError: there is no compiler, or it failed.
@@ -37,14 +39,10 @@ def compile_package(program: Any, path: Path, *, threads: int, work: Path) -> No
     torch = need("torch")
     if missing := why_no_compiler():
         raise BackendError(missing)
-    # Weights become part of the code, so that they are packed when it is compiled, and matrix products are
-    # timed in inductor's own code beside oneDNN's, whose calls cost some 20 us each.
-    options = {
-        "freezing": True,
-        "max_autotune": True,
-        "max_autotune_gemm_backends": "CPP,ATEN",
-        "cpp.threads": threads,
-    }
+    # Weights become part of the code, so that they are packed when it is compiled.
+    options: dict[str, Any] = {"freezing": True, "cpp.threads": threads}
+    if autotune:
+        options |= {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
     if hasattr(need("torch._inductor.config").aot_inductor, "enable_line_tables"):
         # For profilers, and often more bytes than the code itself.
         options["aot_inductor.enable_line_tables"] = False

@@ -110,7 +110,8 @@ def _open_torchscript(path: Path, device: str) -> Any:
         raise ArtifactError(f"{path} cannot be read as TorchScript: {first_line(error)}") from error
 
 
-def _open_compiled(path: Path, device: str) -> Any:
+def open_compiled(path: Path, device: str) -> Any:
+    """Open a package of AOTInductor, whose native code runs then, as a function of tensors."""
     del device  # it was chosen when the package was compiled
     try:
         package = need("torch._inductor").aoti_load_package(str(path))
@@ -129,5 +130,5 @@ def _open_compiled(path: Path, device: str) -> Any:
 _OPENERS: Final[dict[str, Callable[[Path, str], Any]]] = {
     "torch_export": _open_exported,
     "torchscript": _open_torchscript,
-    "aot_inductor": _open_compiled,
+    "aot_inductor": open_compiled,
 }
