@@ -133,8 +133,13 @@ def quantize_weights(model: Any, *, bits: int, block_size: int) -> Any:
     """Return a model with weights of matrix products in 4 or 8 bits by blocks, and embeddings in 8 by row.
 
     Raises:
+        ConstraintError: ``block_size`` is no power of two from 16 on.
         BackendError: the model has no matrix product with constant weights.
     """
+    if block_size < _SMALLEST_BLOCK or block_size & (block_size - 1):
+        raise ConstraintError(
+            f"block_size is {block_size!r}; a power of two is wanted, {_SMALLEST_BLOCK} or more"
+        )
     tools = need("onnxruntime.quantization.matmul_nbits_quantizer")
     held = need("onnxruntime.quantization.onnx_model").ONNXModel(model)
     held.replace_gemm_with_matmul()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from hamerspace.artifact import Manifest
 from hamerspace.backends._onnx_files import finish
 from hamerspace.backends._onnx_fusion import attention_unpacked, fused
+from hamerspace.backends._onnx_norms import with_faster_norms
 from hamerspace.backends._onnx_quantize import quantize_dynamic, quantize_static, quantize_weights
 from hamerspace.backends.base import BaseBackend, BuildContext, Built, Candidate, Verdict
 from hamerspace.exceptions import BackendError, UnsupportedError
@@ -105,25 +106,23 @@ class ONNXRuntimeBackend(BaseBackend):
         technique, options = context.candidate.technique, context.candidate.options
         if technique == "graph":
             return self._optimised(context)
+        plain = attention_unpacked(fused(context))
+        model = type(plain)()
+        model.CopyFrom(plain)
         if technique == "int8-dynamic":
-            model = attention_unpacked(fused(context))
-            return finish(context, quantize_dynamic(model, reduce_range=options["reduce_range"]))
-        if technique == "int8-static":
+            quantized = quantize_dynamic(model, reduce_range=options["reduce_range"])
+        elif technique == "int8-static":
             if not context.calibration:
                 raise BackendError(f"{context.candidate.name} needs calibration data")
             quantized = quantize_static(
-                attention_unpacked(fused(context)),
-                context.calibration,
-                method=options["method"],
-                reduce_range=options["reduce_range"],
+                model, context.calibration, method=options["method"], reduce_range=options["reduce_range"]
             )
-            return finish(context, quantized)
-        if technique in ("int8-weight", "int4-weight"):
+        elif technique in ("int8-weight", "int4-weight"):
             bits = 8 if technique == "int8-weight" else 4
-            block_size = options["block_size"]
-            model = quantize_weights(attention_unpacked(fused(context)), bits=bits, block_size=block_size)
-            return finish(context, model)
-        raise UnsupportedError(f"backend {self.name} has no technique {technique!r}")
+            quantized = quantize_weights(model, bits=bits, block_size=options["block_size"])
+        else:
+            raise UnsupportedError(f"backend {self.name} has no technique {technique!r}")
+        return finish(context, with_faster_norms(context, quantized, plain))
 
     def open(self, manifest: Manifest, folder: Path, options: RunOptions) -> Runner:
         """Open an artifact."""
@@ -131,6 +130,7 @@ class ONNXRuntimeBackend(BaseBackend):
 
     def _optimised(self, context: BuildContext) -> Built:
         model: Any = fused(context)
+        model = with_faster_norms(context, model, model)
         with tempfile.TemporaryDirectory(prefix="hamerspace-") as room:
             source, target = Path(room) / "fused.onnx", Path(room) / "optimised.onnx"
             onnx.save(model, source)

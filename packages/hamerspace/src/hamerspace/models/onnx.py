@@ -17,7 +17,7 @@ from hamerspace.models.reading import check_exists
 from hamerspace.models.source import ModelSource
 from hamerspace.runtimes.base import Runner, RunOptions
 
-_SINGLE_FILE_LIMIT = (2 << 30) - (16 << 20)
+SINGLE_FILE_LIMIT = (2 << 30) - (16 << 20)
 """Protobuf holds less than 2 GB; some is left for what is no weight."""
 _SAME_NUMBERS = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose", "Expand"}
 """Operators whose output holds the numbers of their first input."""
@@ -101,7 +101,7 @@ def open_model(path: Path, *, weights: bool = True) -> Any:
 def save(model: Any, path: Path) -> Path:
     """Write a model; weights that one file cannot hold go into a second one, ``.data`` added to its name."""
     onnx = need("onnx")
-    if model.ByteSize() < _SINGLE_FILE_LIMIT:
+    if model.ByteSize() < SINGLE_FILE_LIMIT:
         onnx.save(model, str(path))
     else:
         held = onnx.ModelProto()
@@ -246,7 +246,7 @@ def _highs(graph: Any) -> dict[str, int]:
 def _check_proto(model: Any, where: str) -> None:
     onnx = need("onnx")
     try:
-        if model.ByteSize() < _SINGLE_FILE_LIMIT:
+        if model.ByteSize() < SINGLE_FILE_LIMIT:
             onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         raise ModelError(f"{where} is no valid model of ONNX: {first_line(error)}") from error
