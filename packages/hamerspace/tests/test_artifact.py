@@ -1,6 +1,9 @@
+import errno
 import json
+import shutil
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +188,66 @@ def test_weights_of_another_model_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "small.bin").unlink()
     for _ in range(2):
         save_artifact(folder, manifest, tmp_path / "small.xml")
+
+
+def test_a_save_that_fails_leaves_the_model_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, manifest = tmp_path / "made", made(tmp_path / "made")
+    save_artifact(folder, manifest, tmp_path / "small.xml")
+    before = {one.name: one.read_bytes() for one in tmp_path.glob("small*")}
+    assert len(before) == 3
+    (folder / "model.xml").write_text("another graph")
+    changed = replace(manifest, files=list_files(folder))
+    write_json(folder / MANIFEST, changed.to_dict())
+    real, calls = shutil.copyfile, 0
+
+    def full(source: Path, target: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise OSError(errno.ENOSPC, "no space left")
+        real(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="no space"):
+        save_artifact(folder, changed, tmp_path / "small.xml")
+    assert {one.name: one.read_bytes() for one in tmp_path.glob("small*")} == before
+    assert not list(tmp_path.glob(".*"))
+    calls = 0
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="no space"):
+        save_artifact(folder, changed, tmp_path / "empty")
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_folders_are_filled_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, manifest = tmp_path / "made", made(tmp_path / "made")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    inode = (tmp_path / "real").stat().st_ino
+    save_artifact(folder, manifest, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").stat().st_ino == inode, "it may be where something is mounted"
+    assert read_manifest(tmp_path / "real") == manifest
+    save_artifact(folder, manifest, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save_artifact(folder, manifest, Path())
+    assert read_manifest(tmp_path / "here") == manifest
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["here", "link", "made", "real"]
+
+
+@pytest.mark.parametrize(
+    ("change", "value"), [("files", {"model.xml": [float("inf"), ""]}), ("inputs", 10**400)]
+)
+def test_numbers_that_are_too_large_are_damage(tmp_path: Path, change: str, value: object) -> None:
+    with pytest.raises(ArtifactError, match="damaged"):
+        manifest_from_dict({**made(tmp_path).to_dict(), change: value}, "it")
+    (tmp_path / MANIFEST).write_text('{"format": 1' + "0" * 5000 + "}")
+    with pytest.raises(ArtifactError, match="no JSON"):
+        read_manifest(tmp_path)
 
 
 def test_a_manifest_has_to_name_the_files_of_the_model(tmp_path: Path) -> None:

@@ -108,3 +108,44 @@ def test_numbers_of_numpy_are_pythons_in_constraints() -> None:
     for wrong in ({"batch_size": np.float64(2)}, {"batch_size": np.True_}, {"target_size_mb": np.nan}):
         with pytest.raises(ConstraintError, match=next(iter(wrong))):
             Constraints(**wrong)
+
+
+def test_steps_keep_what_the_model_gives_and_read_their_data_once() -> None:
+    from hamerspace.strategies import CompositeStrategy, GraphOptimizationStrategy
+
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = linear()
+
+        def forward(self, x):
+            return self.body(x), x
+
+    info = Optimizer.from_pytorch(Two(), [1, 8]).model_info
+    batches = (np.random.default_rng(seed).normal(size=(1, 8)).astype("float32") for seed in range(4))
+    made = CompositeStrategy([QuantizationStrategy("int8-static"), GraphOptimizationStrategy()]).apply(
+        Two(), info, backend="onnx_runtime", calibration_data=batches
+    )
+    given = made.load()(torch.ones(1, 8))
+    assert isinstance(given, tuple)
+    torch.testing.assert_close(given[1], torch.ones(1, 8), atol=0.05, rtol=0)
+
+
+def test_block_sizes_that_are_none() -> None:
+    for wrong in (0, -4, 8, 100):
+        with pytest.raises(ConstraintError, match="block_size"):
+            get_backend(Backend.ONNX_RUNTIME).quantize(
+                linear(), INFO, technique="int8-weight", block_size=wrong
+            )
+
+
+def test_a_number_beside_a_tensor_reaches_openvino() -> None:
+    class Scaled(torch.nn.Module):
+        def forward(self, x, factor):
+            return x * factor
+
+    examples = (torch.ones(1, 4), torch.tensor(2.0))
+    info = Optimizer.from_pytorch(Scaled(), example_inputs=examples).model_info
+    for name, technique in (("openvino", "fp32"), ("onnx_runtime", "graph")):
+        made = get_backend(name).optimize_graph(Scaled(), info, technique=technique)
+        torch.testing.assert_close(made.load()(*examples), torch.full((1, 4), 2.0))

@@ -247,6 +247,8 @@ def test_benchmark(model: Path) -> None:
         (["optimize", "{model}", "-o", "x.onnx", "--backend", "tensorrt"], "tensorrt"),
         (["optimize", "{model}", "-o", "x.onnx", "--data", "{model}"], "npz"),
         (["report", "{model}"], "no JSON"),
+        (["optimize", "{model}", "-o", "{model}/x.onnx"], "is no folder"),
+        (["optimize", "{model}", "-o", "/proc/x/y.onnx"], "/proc"),
     ],
 )
 def test_misuse_is_exit_code_2_with_the_reason(model: Path, arguments: list[str], said: str) -> None:

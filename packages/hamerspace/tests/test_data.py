@@ -128,6 +128,30 @@ def test_labels_may_be_a_list_and_are_one_a_sample(wrap: Any) -> None:
     assert [list(one.labels) for one in batches if one.labels is not None] == [[2], [0], [1]]
 
 
+def test_whole_data_sets_go_through_in_parts() -> None:
+    ids = np.arange(1000 * 4).reshape(1000, 4) % 9
+    data = {"ids": ids, "mask": np.ones_like(ids), "labels": np.arange(1000)}
+    batches = read_batches(data, TEXTS)
+    assert max(one.samples for one in batches) == 64
+    np.testing.assert_array_equal(np.concatenate([one.feeds["ids"] for one in batches]), ids)
+    np.testing.assert_array_equal(np.concatenate([one.labels for one in batches]), np.arange(1000))
+    assert sum(len(one["ids"]) for one in cut([one.feeds for one in batches], TEXTS, limit=256)) == 256
+
+
+def test_inputs_of_different_numbers_are_named() -> None:
+    with pytest.raises(ModelInputError, match="'ids': 3, 'mask': 2"):
+        read_batches({"ids": np.ones((3, 4), "int64"), "mask": np.ones((2, 4), "int64")}, TEXTS)
+
+
+def test_inputs_and_labels_as_lists_and_of_different_numbers() -> None:
+    (batch,) = read_batches((images(3).tolist(), [1, 0, 1]), IMAGES)
+    assert batch.labels is not None
+    assert (batch.samples, list(batch.labels)) == (3, [1, 0, 1])
+    for labels in (np.eye(5, dtype="float32")[:2], np.array([1, 0]), [1, 0]):
+        with pytest.raises(ModelInputError, match="3 samples and 2 labels"):
+            read_batches((images(3), labels), IMAGES)
+
+
 def test_a_number_beside_samples_stays_one() -> None:
     info = replace(IMAGES, inputs=(TensorSpec(name="x", dtype="float32", shape=(2, 3)),
                                    TensorSpec(name="scale", dtype="float32", shape=())))  # fmt: skip

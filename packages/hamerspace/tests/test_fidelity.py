@@ -42,6 +42,12 @@ def test_samples_along_another_axis_and_outputs_of_all_samples() -> None:
     assert compare(wanted, found, "inputs").samples == 2
 
 
+def test_complex_outputs_are_compared_whole() -> None:
+    wanted = [{"y": np.array([[1 + 2j]])}]
+    assert compare(wanted, wanted, "inputs").cosine == pytest.approx(1)
+    assert compare(wanted, [{"y": np.array([[1 - 2j]])}], "inputs").cosine == pytest.approx((1 - 4) / 5)
+
+
 def test_zeros_agree_with_zeros_only() -> None:
     assert compare(outputs([[0, 0]]), outputs([[0, 0]]), "inputs").cosine == 1
     assert compare(outputs([[0, 0]]), outputs([[1, 0]]), "inputs").cosine == 0

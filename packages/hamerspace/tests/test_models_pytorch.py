@@ -298,6 +298,112 @@ def test_models_that_open_files_are_refused_before_they_do(tmp_path):
             read(tmp_path / "script.pt", input_shape=[4])
 
 
+class Sets(torch.nn.Module):
+    """Writes a file as soon as it is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.ones(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.w
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[torch.Tensor, bool]:
+        return self.w, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
+        self.w = state[0]
+        self.training = state[1]
+        torch.save(state[0], "written by loading")
+
+
+@pytest.mark.parametrize("how", ["spaces", "decoy", "legacy"])
+def test_torchscript_that_hides_what_it_does_is_refused(tmp_path, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(Sets()).save("plain.pt")
+    with zipfile.ZipFile("plain.pt") as source, zipfile.ZipFile("model.pt", "w") as target:
+        if how == "decoy":
+            target.writestr("plain/code/a.py", b"x")
+        if how == "legacy":
+            target.writestr("plain/model.json", b"{}")
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith(".py"):
+                content = content.replace(
+                    b"torch.save", b"torch. \\\n save" if how == "spaces" else b"torch.save"
+                )
+                assert how != "spaces" or b"torch. " in content
+            target.writestr(name, content)
+    content = Path("model.pt").read_bytes()
+    if how == "decoy":
+        # Its local header is broken, so that Python's reader stops there, and torch's does not look.
+        Path("model.pt").write_bytes(b"XX" + content[2:])
+    with pytest.raises(ModelError):
+        read("model.pt", input_shape=[2])
+    assert not Path("written by loading").exists()
+
+
+def test_archives_are_read_in_threads(exported):
+    import os
+    from concurrent.futures import ThreadPoolExecutor
+
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    with ThreadPoolExecutor(4) as pool:
+        programs = list(pool.map(load_exported, [exported] * 16))
+    assert all(len(list(one.graph.nodes)) == len(list(programs[0].graph.nodes)) for one in programs)
+    assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") == before
+
+
+def test_states_of_a_recurrent_layer_are_outputs():
+    class Long(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = torch.nn.LSTM(4, 5, batch_first=True)
+
+        def forward(self, x):
+            return self.lstm(x)
+
+    source = read(Long(), input_shape=[2, 3, 4])
+    assert [(one.name, one.shape, one.batch_axis) for one in source.info.outputs] == [
+        ("output_0", (2, 3, 5), 0),
+        ("output_1", (1, 2, 5), 1),
+        ("output_2", (1, 2, 5), 1),
+    ]
+    assert source.info.structure == "tuple"
+
+
+def test_words_in_names_tell_integers_and_floats_are_tried_too():
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3)
+
+        def forward(self, masked_image):
+            return self.conv(masked_image)
+
+    class Soft(torch.nn.Module):
+        def forward(self, x, mask):
+            return x @ mask
+
+    assert read(Masked(), input_shape=[1, 3, 8, 8]).info.inputs[0].dtype == "float32"
+    assert [one.dtype for one in read(Soft(), input_shape=[[2, 3], [3, 3]]).info.inputs] == ["float32"] * 2
+
+
+def test_bfloat16_inputs_are_told(net):
+    with pytest.raises(ModelError, match="bfloat16"):
+        read(torch.nn.Linear(4, 2).bfloat16(), example_inputs=torch.ones(1, 4, dtype=torch.bfloat16))
+
+
+def test_a_linked_file_keeps_its_own_name(net, tmp_path):
+    (tmp_path / "blobs").mkdir()
+    torch.jit.save(torch.jit.trace(net, batch(1, 6)), str(tmp_path / "blobs" / "f00d"))
+    (tmp_path / "net.pt").symlink_to(tmp_path / "blobs" / "f00d")
+    info = read(tmp_path / "net.pt", input_shape=[1, 6]).info
+    assert (info.name, info.path) == ("net", str(tmp_path / "net.pt"))
+
+
 def test_errors_without_words(net, tmp_path):
     class Bare(torch.nn.Module):
         def forward(self, x):

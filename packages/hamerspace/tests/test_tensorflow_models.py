@@ -286,6 +286,49 @@ def test_a_graph_that_calls_python_or_files_is_refused(tmp_path: Path) -> None:
             models.read(tmp_path / name)
 
 
+def test_a_graph_that_writes_checkpoints_is_refused(tmp_path: Path) -> None:
+    tf = tensorflow()
+    victim = tmp_path / "victim"
+    for name, make in {
+        "save": lambda x: tf.raw_ops.SaveV2(
+            prefix=str(victim), tensor_names=["a"], shape_and_slices=[""], tensors=[x]
+        ),
+        "old save": lambda x: tf.raw_ops.Save(filename=str(victim), tensor_names=["a"], data=[x]),
+        "merge": lambda x: tf.raw_ops.MergeV2Checkpoints(
+            checkpoint_prefixes=[str(victim)], destination_prefix=str(victim), delete_old_dirs=True
+        ),
+        "restore": lambda x: (
+            tf.raw_ops.RestoreV2(
+                prefix=str(victim), tensor_names=["a"], shape_and_slices=[""], dtypes=[tf.float32]
+            )[0].op
+        ),
+        "nested": lambda x: (
+            tf.cond(
+                tf.reduce_sum(x) > 0,
+                lambda: (
+                    tf.raw_ops.Save(filename=str(victim), tensor_names=["a"], data=[x]) and tf.constant(1.0)
+                ),
+                lambda: tf.constant(0.0),
+            ).op
+        ),
+        "cache": lambda x: (
+            tf.data.Dataset.range(2).cache(str(victim)).reduce(np.int64(0), lambda a, b: a + b).op
+        ),
+    }.items():
+
+        def body(x: Any, make: Any = make) -> Any:
+            with tf.control_dependencies([make(x)]):
+                return tf.identity(x)
+
+        module = tf.Module()
+        module.weight = tf.Variable(1.0)
+        function = tf.function(body, input_signature=[tf.TensorSpec((None, 2), tf.float32)], autograph=False)
+        tf.saved_model.save(module, str(tmp_path / name), signatures=function.get_concrete_function())
+        with pytest.raises(UnsafeModelError, match="run Python or open files"):
+            models.read(tmp_path / name)
+    assert not list(tmp_path.glob("victim*"))
+
+
 def test_hdf5_that_cannot_hold_operators_names_the_remedy(tmp_path: Path) -> None:
     layers = keras().layers
     vector = keras().Input((4,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -74,8 +74,9 @@ class NamedOutputs(dict[str, Any]):
 def flatten_outputs(value: Any) -> tuple[str, dict[str, Any]]:
     """Return the structure that a model gave (tensor, tuple or dict) and its tensors by name.
 
-    Members that are no tensors, as the caches of language models, are left out; a tuple's tensors are
-    called ``output_0``, ``output_1`` and so on, and a single one ``output``.
+    A tuple's tensors are called ``output_0``, ``output_1`` and so on, and a single one ``output``. Tuples of
+    tensors in a tuple become part of it, as the states of a recurrent layer: ``(y, (h, c))`` is ``(y, h,
+    c)``. Other members that are no tensors, as the caches of language models, are left out.
 
     Raises:
         TypeError: it holds no tensor.
@@ -88,7 +89,15 @@ def flatten_outputs(value: Any) -> tuple[str, dict[str, Any]]:
         if found:
             return "dict", found
     if isinstance(value, (tuple, list)):
-        found = {f"output_{place}": one for place, one in enumerate(members) if is_tensor(one)}
+        flat: list[Any] = []
+        for one in members:
+            inner: list[Any] = list(cast("Any", one)) if isinstance(one, (tuple, list)) else [one]
+            flat += (
+                [part if is_tensor(part) else None for part in inner]
+                if all(map(is_tensor, inner))
+                else [None]
+            )
+        found = {f"output_{place}": one for place, one in enumerate(flat) if one is not None}
         if found:
             return "tuple", found
     raise TypeError(f"the model gave {type(members).__name__}, which holds no tensor")

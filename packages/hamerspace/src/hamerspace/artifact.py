@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, cast, get_args
@@ -86,7 +86,7 @@ def manifest_from_dict(data: Any, where: str) -> Manifest:
         }
         found = Manifest(**known)
         _check_kinds(found)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where} is damaged: {error}") from error
     for name in (*found.files, *(() if found.main == "." else (found.main,))):
         inside(Path(), name, where)
@@ -139,9 +139,13 @@ def list_files(folder: Path) -> dict[str, tuple[int, str]]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON under a temporary name, sync it, and give it its name."""
-    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    text = _as_json(data)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _as_json(data: Any) -> str:
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 class replacing:
@@ -190,11 +194,11 @@ def read_json(path: Path) -> Any:
     Raises:
         ArtifactError: it is none.
     """
+    if path.stat().st_size > _TEXT_LIMIT:
+        raise ArtifactError(f"{path} is too large for JSON of hamerspace")
     try:
-        if path.stat().st_size > _TEXT_LIMIT:
-            raise ArtifactError(f"{path} is too large for JSON of hamerspace")
         return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is no JSON: {error}") from error
 
 
@@ -278,8 +282,24 @@ def unpack(path: Path, folder: Path) -> None:
         raise ArtifactError(f"{path} is damaged: {error}") from error
 
 
-def copy_files(folder: Path, names: Iterable[str], targets: Iterable[Path]) -> None:
-    """Copy files of an artifact to other names, each written whole or not at all."""
-    for name, target in zip(names, targets, strict=True):
-        with replacing(target) as temporary:
-            shutil.copyfile(folder / name, temporary)
+def place_files(sources: Mapping[Path, Path], texts: Mapping[Path, Any]) -> None:
+    """Copy files and write JSON, all into one folder: all of them get their names once all are written.
+
+    Args:
+        sources: what is copied, by the name that it gets.
+        texts: what is written as JSON, by the name that it gets.
+    """
+    (folder,) = {target.parent for target in (*sources, *texts)}
+    folder.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        for target, source in sources.items():
+            shutil.copyfile(source, room / target.name)
+        for target, data in texts.items():
+            (room / target.name).write_text(_as_json(data), encoding="utf-8")
+        for target in (*sources, *texts):
+            _sync(room / target.name)
+        for target in (*sources, *texts):
+            (room / target.name).replace(target)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,12 @@ from hamerspace.artifact import (
     SIDECAR,
     Manifest,
     archive,
-    copy_files,
     list_files,
     manifest_from_dict,
+    place_files,
     read_json,
     read_manifest,
     replacing,
-    write_json,
 )
 from hamerspace.exceptions import UnsupportedError
 
@@ -53,19 +53,44 @@ def save_artifact(folder: Path, manifest: Manifest, path: Path) -> Path:
         path.with_name(path.stem + Path(name).suffix) if place else path for place, name in enumerate(names)
     ]
     sidecar = path.with_name(path.name + SIDECAR)
-    ours = manifest_from_dict(read_json(sidecar), str(sidecar)) if sidecar.is_file() else None
-    for beside in targets[1:]:
-        if beside.exists() and (ours is None or beside.name not in ours.files):
-            raise FileExistsError(f"{beside} is there, and {path.name} needs this name; give another one")
-    copy_files(folder, names, targets)
+    _check_beside(path, targets[1:])
     files: Mapping[str, tuple[int, str]] = {
         target.name: manifest.files[name] for name, target in zip(names, targets, strict=True)
     }
     alone = replace(
         manifest, main=path.name, files=files, forms={ending: tuple(target.name for target in targets)}
     )
-    write_json(sidecar, alone.to_dict())
+    sources = {target: folder / name for name, target in zip(names, targets, strict=True)}
+    place_files(sources, {sidecar: alone.to_dict()})
     return path
+
+
+def check_target(path: Path) -> None:
+    """Raise where it can be known before the work that a model cannot be saved here.
+
+    Raises:
+        FileExistsError: there are other things that would be lost.
+        NotADirectoryError: it is to lie in what is no folder.
+        PermissionError: the folder cannot be written to.
+    """
+    ending = path.suffix.lower()
+    if path.is_dir() or not ending:
+        check_free(path)
+    if ending == ".xml":
+        _check_beside(path, [path.with_suffix(".bin")])
+    above = next(one for one in path.absolute().parents if one.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{above} is no folder, and {path} is to lie in it")
+    if not os.access(path if path.is_dir() else above, os.W_OK | os.X_OK):
+        raise PermissionError(f"{above} cannot be written to, and {path} is to lie in it")
+
+
+def _check_beside(path: Path, others: Sequence[Path]) -> None:
+    sidecar = path.with_name(path.name + SIDECAR)
+    ours = manifest_from_dict(read_json(sidecar), str(sidecar)) if sidecar.is_file() else None
+    for other in others:
+        if other.exists() and (ours is None or other.name not in ours.files):
+            raise FileExistsError(f"{other} is there, and {path.name} needs this name; give another one")
 
 
 def check_free(path: Path) -> None:
@@ -92,11 +117,30 @@ def save_folder(folder: Path, path: Path) -> Path:
     Raises:
         FileExistsError: ``path`` is a file, or a folder with other things in it.
     """
+    path = path.resolve()
     check_free(path)
     read_manifest(folder)
+    if path.is_dir() and not any(path.iterdir()):
+        # It may be where something is mounted, which nothing can be put in the place of.
+        _fill(folder, path)
+        return path
     with replacing(path) as temporary:
         temporary.mkdir()
         mode = temporary.stat().st_mode
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
         temporary.chmod(mode)  # and not that of a private folder
     return path
+
+
+def _fill(folder: Path, empty: Path) -> None:
+    """Copy an artifact into an empty folder, the manifest last; what fails leaves it empty."""
+    try:
+        for one in sorted(folder.iterdir(), key=lambda one: one.name == MANIFEST):
+            if one.is_dir():
+                shutil.copytree(one, empty / one.name)
+            else:
+                shutil.copyfile(one, empty / one.name)
+    except BaseException:
+        for one in empty.iterdir():
+            shutil.rmtree(one) if one.is_dir() else one.unlink()
+        raise

@@ -69,6 +69,10 @@ def _root(
         set_log_level(logging.DEBUG)
 
 
+_MISUSE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""Errors of the operating system that are the caller's; others, such as a full disk, are failed work."""
+
+
 @contextmanager
 def _told() -> Generator[None]:
     """Turn errors of the package into a line on standard error and an exit code."""
@@ -81,7 +85,8 @@ def _told() -> Generator[None]:
         raise typer.Exit(130) from None
     except (HamerspaceError, ValueError, OSError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1 if isinstance(error, BackendError) else 2) from None
+        misused = isinstance(error, _MISUSE) or not isinstance(error, (BackendError, OSError))
+        raise typer.Exit(2 if misused else 1) from None
 
 
 def _shapes(given: list[str] | None) -> Any:
@@ -160,13 +165,12 @@ def optimize(
     """Find the best form of MODEL that meets the constraints, and save it."""
     from hamerspace import Constraints
     from hamerspace.core.report import check_ending
-    from hamerspace.saving import check_free
+    from hamerspace.saving import check_target
 
     with _told():
         if report is not None:
             check_ending(report)
-        if output.is_dir() or not output.suffix:
-            check_free(output)
+        check_target(output)
         constraints = Constraints(
             target_size_mb=max_size,
             max_latency_ms=max_latency,
@@ -373,7 +377,11 @@ def report(
             return
         from hamerspace.core.report import report_from_dict
 
-        typer.echo(str(report_from_dict(cast("Any", data))))
+        try:
+            shown = str(report_from_dict(cast("Any", data)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}") from error
+        typer.echo(shown)
 
 
 def main() -> None:

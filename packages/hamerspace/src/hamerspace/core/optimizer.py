@@ -271,9 +271,14 @@ class Optimizer:
             threads=positive_integer("threads", threads),
         )
         min_cosine = number("min_cosine", min_cosine, lambda n: -1 <= n <= 1, "it lies between -1 and 1")
-        seed = int(number("seed", seed, lambda n: n >= 0 and n % 1 == 0, "it is an integer, 0 or above"))
+        seed = int(
+            number("seed", seed, lambda n: 0 <= n < 2**63 and n % 1 == 0, "it is an integer, 0 or above")
+        )
         preferred = _named(preferred_backends)
-        form = None if form is None else "." + form.lower().lstrip(".")
+        if form is not None and not (isinstance(form, str) and Path("model" + form).suffix == form):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConstraintError(f"form is {form!r}; it is an ending, such as .onnx")
+        if validation_fn is not None and not callable(validation_fn):
+            raise ConstraintError(f"validation_fn is {validation_fn!r}; a function of a model is wanted")
         info = batched(self.model_info, limits.batch_size)
         source = replace(self._source, info=info)
         hardware = hardware_of(limits.target_hardware)

@@ -14,6 +14,8 @@ from hamerspace.models.info import Array, Feeds, ModelInfo
 from hamerspace.runtimes.callable import fit
 
 _LABELS = ("labels", "label", "targets", "target", "y")
+_PART = 64
+"""Samples that go through a model at once, at most, where it takes any number."""
 _HELP = (
     "give an array, arrays by name, (inputs, labels), or an iterable of batches of these, such as a "
     "DataLoader"
@@ -49,13 +51,25 @@ def read_batches(data: Any, info: ModelInfo, *, limit: int | None = None) -> lis
     samples = 0
     for item in _items(data, info):
         batch = _batch(item, info, len(batches))
-        batches.append(batch)
+        batches += _parts(batch)
         samples += batch.samples
         if limit is not None and samples >= limit:
             break
     if not batches:
         raise ModelInputError(f"the data is empty; {_HELP}")
     return batches
+
+
+def _parts(batch: Batch) -> list[Batch]:
+    """Cut a large batch up, as whole data sets are given as one."""
+    rows = {name: array for name, array in batch.feeds.items() if array.ndim and len(array) == batch.samples}
+    return [
+        Batch(
+            feeds={**batch.feeds, **{name: array[start : start + _PART] for name, array in rows.items()}},
+            labels=None if batch.labels is None else batch.labels[start : start + _PART],
+        )
+        for start in range(0, batch.samples, _PART)
+    ]
 
 
 def calibration_batches(data: Any, info: ModelInfo, *, limit: int | None = None) -> list[dict[str, Array]]:
@@ -71,7 +85,14 @@ def cut(feeds: Sequence[Feeds], info: ModelInfo, *, limit: int | None = None) ->
     """
     fixed = {spec.name: spec.batch for spec in info.inputs if spec.batch is not None}
     if not fixed or len(set(fixed.values())) > 1:
-        return [dict(batch) for batch in feeds]
+        taken: list[dict[str, Array]] = []
+        samples = 0
+        for batch in feeds:
+            if limit is not None and samples >= limit:
+                break
+            taken.append(dict(batch))
+            samples += Batch(feeds=dict(batch)).samples
+        return taken
     size = next(iter(fixed.values()))
     # Only batches that agree in all other lengths can be put together.
     groups: dict[tuple[Any, ...], list[Feeds]] = {}
@@ -112,7 +133,7 @@ def _items(data: Any, info: ModelInfo) -> Iterable[Any]:
     if is_tensor(data) or isinstance(data, Mapping):
         return [data]
     if isinstance(data, tuple) and _is_one_batch(whole, info):
-        return [whole]
+        return [tuple(as_array(one) if _is_numbers(one) else one for one in whole)]
     if isinstance(data, Iterable):
         return whole
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
@@ -129,9 +150,7 @@ def _is_one_batch(data: tuple[Any, ...], info: ModelInfo) -> bool:
     tensors = all(is_tensor(one) or _is_numbers(one) for one in data)
     if not tensors or len(data) not in (len(ranks), len(ranks) + 1):
         return False
-    return all(as_array(one).ndim == rank for one, rank in zip(data, ranks, strict=False)) and (
-        len({len(one) for one in data}) == 1
-    )
+    return all(as_array(one).ndim == rank for one, rank in zip(data, ranks, strict=False))
 
 
 def _batch(item: Any, info: ModelInfo, place: int) -> Batch:
@@ -179,6 +198,9 @@ def _batch(item: Any, info: ModelInfo, place: int) -> Batch:
                 f"{spec.high - 1}; is it tokenised for another model?"
             )
         feeds[spec.name] = array
+    counts = {spec.name: len(feeds[spec.name]) for spec in info.inputs if spec.shape and spec.batch is None}
+    if len(set(counts.values())) > 1:
+        raise ModelInputError(f"batch {place} has inputs of different numbers of samples: {counts}")
     found = as_array(labels)[None] if single and labels is not None else labels
     return Batch(feeds=feeds, labels=_labels(found, feeds, place))
 

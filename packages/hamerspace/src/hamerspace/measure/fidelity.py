@@ -101,6 +101,8 @@ def largest_difference(wanted: Feeds, found: Feeds) -> float:
 
 def _by_sample(array: Array, axis: int) -> Array:
     """Return an array in float64 with a row a sample; what has no such axis is one row."""
+    if array.dtype.kind == "c":
+        array = np.stack([np.real(array), np.imag(array)], -1)
     whole = np.asarray(array, np.float64)
     if whole.ndim <= axis:
         return whole.reshape(1, -1)

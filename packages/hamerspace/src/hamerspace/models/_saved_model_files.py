@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,10 +18,15 @@ _REFUSED_OPS: Final = frozenset(
         "TextLineReaderV2", "TextLineDataset", "TFRecordReader", "TFRecordReaderV2", "TFRecordDataset",
         "TFRecordDatasetV2", "WholeFileReader", "WholeFileReaderV2", "FixedLengthRecordReader",
         "FixedLengthRecordReaderV2", "FixedLengthRecordDataset", "FixedLengthRecordDatasetV2",
+        "CacheDataset", "CacheDatasetV2", "ImmutableConst",
         "DebugIdentity", "DebugIdentityV2", "DebugIdentityV3", "DebugNumericSummaryV2",
     }
 )  # fmt: skip
 """What reaches out of the graph: into Python, or into files that are no part of the model."""
+_CHECKPOINT_OPS: Final = frozenset(
+    {"Save", "SaveV2", "SaveSlices", "MergeV2Checkpoints", "Restore", "RestoreV2", "RestoreSlice"}
+)
+"""What reads and writes checkpoints: the savers in every SavedModel do so, and the model itself does not."""
 
 
 def open_saved_model(path: Path) -> Endpoint:
@@ -86,16 +92,66 @@ def _refuse_reaching_out(path: Path) -> None:
     except Exception as error:
         raise ModelError(f"{path} is no SavedModel, or is damaged: {first_line(error)}") from error
     used: set[str] = set()
-    for graph in (meta.graph_def for meta in message.meta_graphs):
+    for meta in message.meta_graphs:
+        graph = meta.graph_def
         nodes = [*graph.node, *(node for one in graph.library.function for node in one.node_def)]
-        used.update(node.op for node in nodes)
+        used.update(node.op for node in nodes if node.op not in _CHECKPOINT_OPS)
+        used.update(_checkpoint_ops_outside_savers(meta))
         for node in nodes:
             if node.op == "PrintV2" and node.attr["output_stream"].s.startswith(b"file:"):
                 raise UnsafeModelError(
                     f"{path} has PrintV2 into a file in its graph; take it out of the model"
                 )
-    if refused := sorted(used & _REFUSED_OPS):
+    if refused := sorted(used & (_REFUSED_OPS | _CHECKPOINT_OPS)):
         raise UnsafeModelError(
             f"{path} has {', '.join(refused)} in its graph, which run Python or open files; take them out of "
             "the model before it is saved"
         )
+
+
+def _checkpoint_ops_outside_savers(meta: Any) -> set[str]:
+    """Names of operators on checkpoints in what a model runs: all but what its saver alone leads to."""
+    functions = {one.signature.name: one.node_def for one in meta.graph_def.library.function}
+    main = {node.name: node for node in meta.graph_def.node}
+
+    def upstream(names: list[str]) -> set[str]:
+        found: set[str] = set()
+        left = [name for name in names if name]
+        while left:
+            name = left.pop().lstrip("^").partition(":")[0]
+            if name in main and name not in found:
+                found.add(name)
+                left.extend(main[name].input)
+        return found
+
+    def called(nodes: Iterable[Any]) -> list[Any]:
+        """Return nodes with those of all functions that they call."""
+        found: list[Any] = []
+        seen: set[str] = set()
+        left = list(nodes)
+        while left:
+            node = left.pop()
+            found.append(node)
+            values = [one for value in node.attr.values() for one in (value.func, *value.list.func)]
+            # A function can be called by its name as an operator, too.
+            for name in (node.op, *(one.name for one in values)):
+                if name in functions and name not in seen:
+                    seen.add(name)
+                    left.extend(functions[name])
+        return found
+
+    saver = meta.saver_def
+    of_saver = upstream([saver.save_tensor_name, saver.restore_op_name, saver.filename_tensor_name])
+    outputs = [
+        tensor.name for signature in meta.signature_def.values() for tensor in signature.outputs.values()
+    ]
+    own = {name for name in main if name not in of_saver} | upstream(outputs)
+    nodes = called(main[name] for name in own)
+    objects = meta.object_graph_def.concrete_functions
+    nodes += called(node for name in objects if name in functions for node in functions[name])
+    # What is said to restore runs when a model of the older format is loaded.
+    restoring = called(main[name] for name in upstream([saver.restore_op_name]))
+    writes = {
+        node.op for node in restoring if node.op in _CHECKPOINT_OPS and not node.op.startswith("Restore")
+    }
+    return {node.op for node in nodes if node.op in _CHECKPOINT_OPS} | writes

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 from hamerspace._imports import need
@@ -47,6 +48,8 @@ _FUNCTIONS: Final = frozenset(
     )
 )
 # fmt: on
+_ONE_AT_A_TIME: Final = Lock()
+"""torch reads archives by a setting and with an object that the whole process shares."""
 _POWERS: Final = frozenset(("Pow", "PowByNatural", "FloatPow", "LShift"))
 _WORKS: Final = _POWERS | {"Add", "Mul"}
 _MOST_POWERS: Final = 3
@@ -63,7 +66,7 @@ def load_exported(path: Path) -> Any:
     """
     try:
         _look_through(path)
-        with _tensors_only(), warnings.catch_warnings():
+        with _ONE_AT_A_TIME, _tensors_only(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Not torch.export.load, which falls back to an older format that was not looked through.
             (program,) = (

@@ -18,7 +18,9 @@ Array = NDArray[Any]
 Feeds = Mapping[str, Array]
 """Arrays by the name of the input, or of the output."""
 
-_DTYPE: Final = re.compile(r"bool|u?int\d+|b?float\d+\w*|complex\d+", re.ASCII)
+_DTYPE: Final = re.compile(
+    r"bool|u?int(2|4|8|16|32|64)|float(16|32|64|8_\w+|4_\w+)|bfloat16|complex(64|128)", re.ASCII
+)
 DEFAULT_LENGTH: Final = 64
 """Length that examples have along an axis of any length, other than the batch."""
 

@@ -41,7 +41,7 @@ def read(model: Any, *, input_shape: Any = None, name: str | None = None) -> Mod
     onnx = need("onnx")
     path: Path | None = None
     if isinstance(model, (str, Path)):
-        path = Path(model).resolve()
+        path = Path(model).absolute()
         check_exists(path)
         check(path)
         proto = open_model(path, weights=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import pickle
@@ -28,9 +27,11 @@ from hamerspace.models.reading import EXAMPLE_BATCH, EXAMPLE_LENGTH, check_exist
 from hamerspace.models.source import ModelSource
 from hamerspace.runtimes.base import Runner, RunOptions
 
-_FILES_IN_SCRIPT: Final = re.compile(rb"\b(torch|ops\.\w+)\.(save|from_file|load)\b")
+_FILES_IN_SCRIPT: Final = re.compile(rb"\b(save|load|from_file|read_file|write_file)\b")
+"""Names of what opens files, wherever they stand: code has many ways to call something by its name."""
 
-_INTEGER_NAMES = ("ids", "mask", "token", "index", "indices", "idx")
+_INTEGER_NAMES: Final = frozenset(("id", "ids", "mask", "token", "tokens", "index", "indices", "idx"))
+"""Words in the name of an input that takes integers."""
 
 
 def read(
@@ -63,7 +64,7 @@ def read(
     needs_module = False
     if isinstance(model, (str, Path)):
         # As another process may be in another folder.
-        path = Path(model).resolve()
+        path = Path(model).absolute()
         check_exists(path)
         model = _open(path, allow_pickle)
         if needs_module := isinstance(model, Mapping):
@@ -217,13 +218,23 @@ def open_torchscript(path: Path, device: str = "cpu") -> Any:
         UnsafeModelError: its code opens files, which it could do as soon as it is loaded.
     """
     torch = need("torch")
-    with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith(".py") and (found := _FILES_IN_SCRIPT.search(archive.read(name))):
-                raise UnsafeModelError(
-                    f"{path} holds TorchScript that calls {found[0].decode()}, which opens files; take it "
-                    "out of the model before it is saved"
-                )
+    # By torch's own reader, which sees what torch.jit.load will see.
+    try:
+        reader = torch._C.PyTorchFileReader(str(path))
+        names: list[str] = reader.get_all_records()
+        code = {name: bytes(reader.get_record(name)) for name in names if name.endswith(".py")}
+    except RuntimeError as error:
+        raise ModelError(f"{path} cannot be read as TorchScript: {first_line(error)}") from error
+    if "model.json" in names:
+        raise UnsafeModelError(
+            f"{path} is TorchScript of a time before torch 1.2, whose code can lie anywhere in it"
+        )
+    for content in code.values():
+        if found := _FILES_IN_SCRIPT.search(content):
+            raise UnsafeModelError(
+                f"{path} holds TorchScript that names {found[0].decode()!r}, which opens files; take it out "
+                "of the model before it is saved, or give it another name if it is something else"
+            )
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
@@ -365,11 +376,11 @@ def _example_feeds(model: Any, form: str, input_shape: Any, example_inputs: Any)
     attempts: list[dict[str, Any]] = [
         {
             name: torch.ones(shape, dtype=torch.int64)
-            if all_integer or any(part in name.lower() for part in _INTEGER_NAMES)
+            if all_integer or (by_name and not _INTEGER_NAMES.isdisjoint(re.split(r"[\W\d_]+", name.lower())))
             else torch.randn(shape)
             for name, shape in zip(wanted, concrete, strict=True)
         }
-        for all_integer in ((False, True) if embeds else (False,))
+        for by_name, all_integer in ((True, False), (False, False), *(((True, True),) if embeds else ()))
     ]
     failure: Exception | None = None
     for feeds in attempts:
@@ -452,6 +463,11 @@ def describe(model: Any, form: str, feeds: Mapping[str, Any], input_shape: Any, 
     """
     torch = need("torch")
     names = list(feeds)
+    if half := [key for key, value in feeds.items() if value.dtype is torch.bfloat16]:
+        raise ModelError(
+            f"the model takes {', '.join(half)} in bfloat16, which numpy does not know; give model.float(), "
+            "and name a backend that computes in bfloat16"
+        )
     with evaluating(model), torch.no_grad(), _embeddings_seen(model, feeds) as seen:
         try:
             given = call(model, form, names, feeds)

@@ -68,7 +68,7 @@ def read(
     if not isinstance(model, (str, Path)):
         return _described(model, None, input_shape, example_inputs, name)
     # As another process may be in another folder.
-    path = Path(model).resolve()
+    path = Path(model).absolute()
     check_exists(path)
     if "tensorflow" in sys.modules:
         return read_here(path, input_shape=input_shape, example_inputs=example_inputs, name=name)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from threading import RLock
 from typing import Any, Final
 
 from hamerspace._imports import need
@@ -58,6 +59,10 @@ def keras() -> Any:
     return found
 
 
+_STANDARD_ERROR: Final = RLock()
+"""Held while the process's standard error is caught: two that do so at once would lose it."""
+
+
 @contextmanager
 def quiet(*, native: bool = False) -> Generator[None]:
     """Keep TensorFlow's log lines and its notes on its own future off the screen, and nothing else.
@@ -68,7 +73,11 @@ def quiet(*, native: bool = False) -> Generator[None]:
     """
     loggers = [logging.getLogger(name) for name in ("tensorflow", "absl")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), _native_lines_dropped() if native else nullcontext():
+    with (
+        _STANDARD_ERROR if native else nullcontext(),
+        warnings.catch_warnings(),
+        _native_lines_dropped() if native else nullcontext(),
+    ):
         warnings.filterwarnings("ignore", message=r"\s*Warning: tf\.lite\.Interpreter is deprecated")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(tensorflow|keras)\b")
         try:

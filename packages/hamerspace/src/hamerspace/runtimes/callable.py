@@ -116,14 +116,14 @@ class LoadedModel:
 
 def _joined(name: str, parts: list[dict[str, Array]], axis: int, size: int, total: int) -> Array:
     arrays = [part[name] for part in parts]
-    if len(arrays) > 1 and any(one.ndim <= axis or one.shape[axis] != size for one in arrays):
+    alone = size == total
+    if not alone and any(one.ndim <= axis or one.shape[axis] != size for one in arrays):
         raise ModelInputError(
             f"the model takes {size} samples a call, and its output {name} of the shape "
             f"{list(arrays[0].shape)} does not tell them apart; give it exactly {size}"
         )
     whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
-    filled_up = whole.ndim > axis and whole.shape[axis] == size * len(arrays) > total
-    return np.take(whole, range(total), axis) if filled_up else whole
+    return whole if alone or whole.shape[axis] == total else np.take(whole, range(total), axis)
 
 
 def fit(spec: TensorSpec, array: Array) -> Array:

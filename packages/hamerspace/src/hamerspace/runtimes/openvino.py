@@ -117,7 +117,7 @@ class OpenVINORunner(Runner):
     def _tensors(self, feeds: Feeds) -> dict[str, Any]:
         tensor = need("openvino").Tensor
         return {
-            name: tensor(np.ascontiguousarray(array), shared_memory=True)
+            name: tensor(np.require(array, requirements="C"), shared_memory=True)
             for name, array in feeds.items()
             if name in self._taken
         }

@@ -136,7 +136,7 @@ class TFLiteRunner(Runner):
 
     def prepare(self, feeds: Feeds) -> dict[str, Array]:
         """Return arrays as the interpreter copies them."""
-        return {name: np.ascontiguousarray(feeds[name]) for name in self._shapes}
+        return {name: np.require(feeds[name], requirements="C") for name in self._shapes}
 
     def run_prepared(self, prepared: Any) -> dict[str, Array]:
         """Run once; lengths that differ from the last call's make the interpreter plan its memory anew."""

@@ -58,7 +58,7 @@ class TVMRunner(Runner):
     def prepare(self, feeds: Feeds) -> list[Any]:
         """Return TVM's tensors, in the order of the compiled function."""
         tensor = need("tvm").runtime.tensor
-        return [tensor(np.ascontiguousarray(feeds[name]), self._cpu) for name in self._order]
+        return [tensor(np.require(feeds[name], requirements="C"), self._cpu) for name in self._order]
 
     def run_prepared(self, prepared: Any) -> Any:
         """Run once; kernels have ended when this returns."""
