@@ -40,7 +40,7 @@ class Broken(BaseBackend):
 
     def candidates(self, model_info, *, hardware="cpu"):
         return [Candidate(backend="broken", technique=how, goal="quantize", description="fails",
-                          expected_speed=100 - place, time_limit_s=20 if how == "hang" else None)
+                          expected_speed=100 - place, time_limit_s=12 if how == "hang" else None)
                 for place, how in enumerate(["crash", "hang", "raise", "liar", "nan", "nothing", "good"])]
 
     def build(self, context):
@@ -375,7 +375,7 @@ def test_whatever_a_backend_does_the_run_goes_on(broken: None) -> None:
     reasons = {one.technique: one.reason for one in found.report.candidates if one.outcome == "failed"}
     assert set(reasons) == {"crash", "hang", "raise", "liar", "nan", "nothing"}
     assert "SIGSEGV" in reasons["crash"]
-    assert "longer than 20 s" in reasons["hang"]
+    assert "longer than 12 s" in reasons["hang"]
     assert "ArithmeticError: a wheel came off" in reasons["raise"]
     assert "differs from what was saved" in reasons["liar"]
     assert "NaN" in reasons["nan"]

@@ -91,7 +91,6 @@ def test_compiled_models_from_elsewhere_are_refused_in_every_form(
         torch.testing.assert_close(hamerspace.load(path, allow_native=True)(x), wanted)
     with pytest.raises(UnsafeModelError, match="allow_native=True"):
         backend.load(paths[0])
-    assert Benchmarker(allow_native=True).benchmark_model(paths[0], num_runs=1).latency_ms > 0
     # Nor does it help to call it by another runtime or ending.
     manifest = read_manifest(paths[0])
     for runtime in ("torch_export", "torchscript", "onnxruntime", "tvm", "none"):

@@ -104,6 +104,7 @@ class Optimizer:
                 of one, with ``model``; or a folder of transformers.
             input_shape: ``[batch, channels, height, width]`` or the like; a list of shapes or shapes by
                 name for several inputs; None is an axis of any length. May be left out where the model tells.
+                The first axis is that of samples, along which inputs may be cut up and filled up.
             example_inputs: a tensor, a tuple of them, or tensors by name, in place of shapes; they tell
                 dtypes.
             model: the module that a state dict is for.
