@@ -1,8 +1,8 @@
 """Saved models: a folder with the runtime's own files and ``hamerspace.json``, which says what they are.
 
 The manifest names every file with its size and hash. A reader takes what it names only if it lies in the
-folder and both agree, refuses a manifest of a newer format, and executes nothing that the manifest names. That
-finds damage; against someone who writes the manifest too, it is the readers of models that are careful.
+folder and both agree, refuses a manifest of a newer format, and executes nothing that the manifest names.
+That finds damage; against someone who writes the manifest too, it is the readers of models that are careful.
 """
 
 from __future__ import annotations
