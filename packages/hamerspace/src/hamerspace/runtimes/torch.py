@@ -12,7 +12,7 @@ from hamerspace._arrays import as_array, flatten_outputs
 from hamerspace._imports import need
 from hamerspace._trust import NATIVE, check_native
 from hamerspace.artifact import Manifest
-from hamerspace.exceptions import ArtifactError, BackendError, ModelError, first_line
+from hamerspace.exceptions import ArtifactError, BackendError, ModelError, UnsafeModelError, first_line
 from hamerspace.models.exported import load_exported
 from hamerspace.models.info import Array, Feeds, TensorSpec
 from hamerspace.models.pytorch import open_torchscript
@@ -106,7 +106,9 @@ def _open_exported(path: Path, device: str) -> Any:
 def _open_torchscript(path: Path, device: str) -> Any:
     try:
         return open_torchscript(path, device).eval()
-    except RuntimeError as error:
+    except UnsafeModelError:
+        raise
+    except (RuntimeError, ModelError) as error:
         raise ArtifactError(f"{path} cannot be read as TorchScript: {first_line(error)}") from error
 
 
