@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,8 +81,11 @@ def check_target(path: Path) -> None:
     above = next(one for one in path.absolute().parents if one.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"{above} is no folder, and {path} is to lie in it")
-    if not os.access(path if path.is_dir() else above, os.W_OK | os.X_OK):
-        raise PermissionError(f"{above} cannot be written to, and {path} is to lie in it")
+    try:
+        # What rights say is not all: nothing can be written into some folders whoever asks.
+        tempfile.TemporaryDirectory(prefix=".hamerspace-", dir=path if path.is_dir() else above).cleanup()
+    except OSError as error:
+        raise PermissionError(f"{above} cannot be written to, and {path} is to lie in it: {error}") from error
 
 
 def _check_beside(path: Path, others: Sequence[Path]) -> None:
