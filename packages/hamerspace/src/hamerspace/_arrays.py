@@ -92,11 +92,7 @@ def flatten_outputs(value: Any) -> tuple[str, dict[str, Any]]:
         flat: list[Any] = []
         for one in members:
             inner: list[Any] = list(cast("Any", one)) if isinstance(one, (tuple, list)) else [one]
-            flat += (
-                [part if is_tensor(part) else None for part in inner]
-                if all(map(is_tensor, inner))
-                else [None]
-            )
+            flat += inner if all(map(is_tensor, inner)) else [None]
         found = {f"output_{place}": one for place, one in enumerate(flat) if one is not None}
         if found:
             return "tuple", found

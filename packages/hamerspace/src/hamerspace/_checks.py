@@ -27,6 +27,15 @@ def positive_integer(name: str, value: Any) -> int:
     return found
 
 
+def above_0(name: str, value: Any) -> float | None:
+    """Return a value as a number above 0; None stays None, which is no limit.
+
+    Raises:
+        ConstraintError: it is neither.
+    """
+    return None if value is None else number(name, value, lambda n: n > 0, "it is a number above 0")
+
+
 def number(name: str, value: Any, fits: Callable[[float], bool], wanted: str) -> float:
     """Return a value as a number that fits.
 

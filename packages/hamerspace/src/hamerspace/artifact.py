@@ -58,6 +58,11 @@ class Manifest:
         """Of all files, without the manifest."""
         return sum(size for size, _ in self.files.values())
 
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """Under which it can be saved; a name without an ending is a folder."""
+        return tuple(sorted({*self.forms, ".pt"}))
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         return {"format": FORMAT, **asdict(self)}

@@ -44,7 +44,7 @@ def save_artifact(folder: Path, manifest: Manifest, path: Path) -> Path:
         archive(folder, path)
         return path
     if names is None:
-        able = ", ".join(sorted({*manifest.forms, ".pt"}))
+        able = ", ".join(manifest.endings)
         raise UnsupportedError(
             f"{manifest.backend}/{manifest.technique} runs in {manifest.runtime} and cannot be saved as "
             f"{ending!r}; it can be {able} (.pt for hamerspace.load alone), or a folder (no ending)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -272,10 +273,9 @@ def _as_torchscript(context: BuildContext, module: Any, made: Converted, *notes:
 def _as_compiled(
     context: BuildContext, module: Any, made: Converted, *notes: str, autotune: bool = True
 ) -> Built:
-    """Compile a program; ``module`` is what it has to agree with, None for the package as it is now."""
+    """Compile a program; ``module`` is what it has to agree with."""
     work, path = (context.cache or context.shared) / "inductor", context.folder / EXPORTED
     compile_package(made.program, path, threads=context.threads, work=work, autotune=autotune)
-    module = open_compiled(path, context.device) if module is None else module
     return Built(
         runtime="aot_inductor",
         main=EXPORTED,
@@ -361,9 +361,10 @@ def _int8_compiled(context: BuildContext, *, dynamic: bool) -> Built:
     quantised = by_pt2e(export(module, fixed).program, batches, dynamic=dynamic)
     made = export(fuse_for_x86(quantised, example), fixed)
     note = "compiled for the shapes " + ", ".join(f"{one.name} {list(one.shape)}" for one in fixed.inputs)
-    built = _as_compiled(context, None, made, note, autotune=False)
-    _check_drift(module, quantised, open_compiled(context.folder / EXPORTED, context.device), batches[:4])
-    return built
+    built = _as_compiled(context, quantised, made, note, autotune=False)
+    compiled = open_compiled(context.folder / EXPORTED, context.device)
+    _check_drift(module, quantised, compiled, batches[:4])
+    return replace(built, run=_runner(compiled, made, context).run)
 
 
 def _check_drift(module: Any, quantised: Any, compiled: Any, batches: Sequence[tuple[Any, ...]]) -> None:

@@ -304,10 +304,9 @@ def _inspect_saved(path: Path, manifest: Manifest, as_json: bool) -> None:
     if as_json:
         _print_json({**manifest.to_dict(), "size_bytes": manifest.size_bytes})
         return
-    forms = ", ".join(sorted({*manifest.forms, ".pt"}))
     typer.echo(
         f"{path.name}: {manifest.backend}/{manifest.technique}, runs in {manifest.runtime}, "
-        f"{manifest.size_bytes / 2**20:.2f} MB; a folder or {forms}"
+        f"{manifest.size_bytes / 2**20:.2f} MB; a folder or {', '.join(manifest.endings)}"
     )
     _print_signature(manifest.inputs, manifest.outputs)
     typer.echo(f"  made with {', '.join(f'{name} {number}' for name, number in manifest.versions.items())}")

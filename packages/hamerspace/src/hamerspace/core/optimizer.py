@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from hamerspace._checks import number, positive_integer
+from hamerspace._checks import above_0, number, positive_integer
 from hamerspace._imports import version
 from hamerspace._rooms import Room
 from hamerspace.backends.base import Candidate
@@ -266,8 +266,8 @@ class Optimizer:
         if rounds < 5:
             raise ConstraintError(f"rounds is {rounds}; a median wants 5 at the least")
         worker_limits = Limits(
-            time_s=_above_0("time_limit_s", time_limit_s),
-            memory_mb=_above_0("memory_limit_mb", memory_limit_mb),
+            time_s=above_0("time_limit_s", time_limit_s),
+            memory_mb=above_0("memory_limit_mb", memory_limit_mb),
             rounds=rounds,
             threads=positive_integer("threads", threads),
         )
@@ -350,7 +350,7 @@ class Optimizer:
             calibration=calibration,
             scoring=scoring_of(info.framework, validation_fn, data),
             worker_limits=Limits(
-                time_s=_above_0("time_limit_s", time_limit_s) or config.time_limit_s,
+                time_s=above_0("time_limit_s", time_limit_s) or config.time_limit_s,
                 memory_mb=config.memory_limit_mb,
                 rounds=config.rounds,
                 threads=config.threads,
@@ -469,10 +469,6 @@ class Optimizer:
             },
         )
         return OptimizationResult(kept.folder, kept.manifest, report, config, room)
-
-
-def _above_0(name: str, value: Any) -> float | None:
-    return None if value is None else number(name, value, lambda n: n > 0, "it is a number above 0")
 
 
 def _named(preferred: Sequence[Backend | str] | Backend | str | None) -> tuple[str, ...]:

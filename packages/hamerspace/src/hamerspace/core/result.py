@@ -52,7 +52,7 @@ class OptimizationResult:
     @property
     def forms(self) -> tuple[str, ...]:
         """Endings that `save_model` takes; a name without an ending is a folder."""
-        return tuple(sorted({*self.manifest.forms, ".pt"}))
+        return self.manifest.endings
 
     def save_model(self, path: str | Path) -> Path:
         """Save the model; the ending chooses the form, and `hamerspace.load` opens each.

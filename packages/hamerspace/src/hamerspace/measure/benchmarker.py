@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hamerspace._checks import number, positive_integer
+from hamerspace._checks import above_0, positive_integer
 from hamerspace._rooms import Room
 from hamerspace.exceptions import ConstraintError
 from hamerspace.loading import find, is_saved
@@ -58,11 +58,8 @@ class Benchmarker:
     ) -> None:
         self.threads = positive_integer("threads", threads)
         self.allow_native = allow_native
-        for name, value in (("time_limit_s", time_limit_s), ("memory_limit_mb", memory_limit_mb)):
-            if value is not None:
-                number(name, value, lambda n: n > 0, "it is a number above 0")
-        self.time_limit_s = time_limit_s
-        self.memory_limit_mb = memory_limit_mb
+        self.time_limit_s = above_0("time_limit_s", time_limit_s)
+        self.memory_limit_mb = above_0("memory_limit_mb", memory_limit_mb)
 
     def benchmark_model(
         self,

@@ -23,7 +23,7 @@ from hamerspace.artifact import cut_archive
 from hamerspace.exceptions import ConstraintError, ModelError, UnsafeModelError, first_line
 from hamerspace.models.exported import load_exported
 from hamerspace.models.info import Array, Feeds, ModelInfo, TensorSpec, fitted, shapes_of, spec_of
-from hamerspace.models.reading import EXAMPLE_BATCH, EXAMPLE_LENGTH, check_exists
+from hamerspace.models.reading import check_exists, example_length
 from hamerspace.models.source import ModelSource
 from hamerspace.runtimes.base import Runner, RunOptions
 
@@ -365,13 +365,7 @@ def _example_feeds(model: Any, form: str, input_shape: Any, example_inputs: Any)
                 f"input_shape has {len(shapes)} shapes, and the model takes {required or names}; give a list "
                 "of shapes, or shapes by name"
             )
-    concrete = [
-        tuple(
-            n if isinstance(n, int) else EXAMPLE_LENGTH if axis else EXAMPLE_BATCH
-            for axis, n in enumerate(shape)
-        )
-        for shape in shapes
-    ]
+    concrete = [tuple(example_length(n, axis) for axis, n in enumerate(shape)) for shape in shapes]
     embeds = any(isinstance(one, torch.nn.Embedding) for one in model.modules())
     attempts: list[dict[str, Any]] = [
         {

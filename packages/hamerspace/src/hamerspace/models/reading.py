@@ -83,7 +83,7 @@ def read_as(model: Any, info: ModelInfo, **options: Any) -> ModelSource:
     options["input_shape"] = {spec.name: list(spec.shape) for spec in info.inputs}
     if info.framework == "pytorch" and info.form != "exported":
         short = tuple(
-            replace(spec, shape=tuple(_example_length(n, axis) for axis, n in enumerate(spec.shape)))
+            replace(spec, shape=tuple(example_length(n, axis) for axis, n in enumerate(spec.shape)))
             for spec in info.inputs
         )
         options["example_inputs"] = replace(info, inputs=short).draw(1)
@@ -91,5 +91,6 @@ def read_as(model: Any, info: ModelInfo, **options: Any) -> ModelSource:
     return replace(found, info=replace(found.info, inputs=info.inputs))
 
 
-def _example_length(length: int | str, axis: int) -> int:
+def example_length(length: int | str, axis: int) -> int:
+    """Return the length of an axis when a model is read, for one that may have any."""
     return length if isinstance(length, int) else EXAMPLE_LENGTH if axis else EXAMPLE_BATCH
